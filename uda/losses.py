@@ -1,0 +1,188 @@
+"""Losses as pure functions. ``B`` samples, ``C`` classes, ``F`` features.
+
+All are computed in float32 (float64 for float64 inputs) with autocast off: logarithms of means and products of
+probabilities lose too much in half precision.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uda.errors import UDAError
+
+Reduction = Literal["mean", "none"]
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _full(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def classification_loss(
+    logits: Tensor,
+    y: Tensor,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Cross-entropy for class ids or distributions.
+
+    Args:
+        logits: ``[B, C]``.
+        y: class ids ``[B]`` (integers) or distributions ``[B, C]``.
+        label_smoothing: e in ``(1 - e) y + e / C`` (Szegedy et al., 2016).
+        weight: weight of each *sample* ``[B]``. The mean is over all B samples, as in FixMatch: a sample of weight
+            zero counts.
+        reduction: ``"mean"`` for a scalar, ``"none"`` for ``[B]``.
+    """
+    if y.ndim == 2 and y.shape != logits.shape:
+        raise UDAError(f"Soft labels have shape {tuple(y.shape)} but the logits {tuple(logits.shape)}.")
+    with _no_autocast(logits):
+        logits = _full(logits)
+        y = y.to(logits.dtype) if y.ndim == 2 else y.long()
+        loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing, reduction="none")
+        if weight is not None:
+            loss = _same_shape(weight, loss) * loss
+    return loss.mean() if reduction == "mean" else loss
+
+
+def soft_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """``-sum_c t_c log p_c`` for distributions ``targets`` ``[B, C]``; see :func:`classification_loss`."""
+    if targets.ndim != 2:
+        raise UDAError(f"soft_cross_entropy takes distributions [B, C], not a tensor of shape {tuple(targets.shape)}.")
+    return classification_loss(logits, targets, label_smoothing, weight, reduction)
+
+
+def _same_shape(weight: Tensor, loss: Tensor) -> Tensor:
+    if weight.numel() != loss.numel():
+        raise UDAError(f"One weight a sample: got {tuple(weight.shape)} for {loss.numel()} samples.")
+    return weight.reshape(loss.shape).to(loss.dtype)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy of the softmax in nats, ``[B, C] -> [B]``; from log-softmax, so no epsilon."""
+    with _no_autocast(logits):
+        log_p = _full(logits).log_softmax(1)
+        return -(log_p.exp() * log_p).sum(1)
+
+
+def mean_entropy(logits: Tensor) -> Tensor:
+    """Mean of :func:`entropy` over the batch: entropy minimisation (Grandvalet & Bengio, 2004)."""
+    return entropy(logits).mean()
+
+
+def information_maximisation(logits: Tensor) -> Tensor:
+    """Mutual information of sample and class, ``H(mean_i p_i) - mean_i H(p_i)``, in [0, log C].
+
+    To be *maximised*: certain predictions that use all classes (Krause et al., 2010; SHOT: Liang et al., 2020,
+    eq. 4 and 5). The loss is its negative.
+    """
+    with _no_autocast(logits):
+        log_p = _full(logits).log_softmax(1)
+        log_mean = log_p.logsumexp(0) - torch.log(log_p.new_tensor(len(log_p)))
+        return -(log_mean.exp() * log_mean).sum() + (log_p.exp() * log_p).sum(1).mean()
+
+
+def domain_adversarial_loss(
+    source_logit: Tensor,
+    target_logit: Tensor,
+    source_weight: Tensor | None = None,
+    target_weight: Tensor | None = None,
+) -> Tensor:
+    """``1/2 [BCE(source, 1) + BCE(target, 0)]`` of a domain discriminator (Ganin et al., 2016, eq. 9).
+
+    Each domain counts one half, however many samples it has.
+
+    Args:
+        source_logit: logits ``[Bs]`` or ``[Bs, 1]``; target_logit: ``[Bt]`` or ``[Bt, 1]``.
+        source_weight: weights ``[Bs]`` of a weighted mean ``sum(w l) / sum(w)``; target_weight: ``[Bt]``.
+    """
+
+    def half(logit: Tensor, label: float, weight: Tensor | None) -> Tensor:
+        if logit.ndim > 1 and logit.shape[1:].numel() != 1:
+            raise UDAError(f"A domain logit is one number a sample, not shape {tuple(logit.shape)}.")
+        logit = _full(logit).flatten()
+        loss = F.binary_cross_entropy_with_logits(logit, torch.full_like(logit, label), reduction="none")
+        if weight is None:
+            return loss.mean()
+        weight = _same_shape(weight, loss)
+        return (weight * loss).sum() / weight.sum().clamp_min(torch.finfo(loss.dtype).eps)
+
+    with _no_autocast(source_logit):
+        return (half(source_logit, 1.0, source_weight) + half(target_logit, 0.0, target_weight)) / 2
+
+
+def entropy_weights(
+    logits: Tensor, normalise: Literal["domain", "none"] = "domain", detach: bool = True
+) -> Tensor:
+    """``1 + exp(-H(p))`` ``[B]``: certain samples weigh more (CDAN+E: Long et al., 2018, section 3.3).
+
+    Args:
+        logits: ``[B, C]`` of one domain.
+        normalise: ``"domain"`` divides by the mean over the batch, so that the weights have mean 1.
+        detach: no gradient through the weights; otherwise only through the entropy, not the normaliser.
+    """
+    if normalise not in ("domain", "none"):
+        raise UDAError(f"Unknown normalisation {normalise!r} of the entropy weights: use 'domain' or 'none'.")
+    with _no_autocast(logits):
+        weight = 1 + torch.exp(-entropy(logits.detach() if detach else logits))
+        return weight / weight.mean().detach() if normalise == "domain" else weight
+
+
+def outer_product(features: Tensor, probs: Tensor) -> Tensor:
+    """Multilinear map ``g (x) f`` of ``[B, F]`` and ``[B, C]``, flattened to ``[B, C * F]``, class by class (CDAN, eq. 5)."""
+    return torch.einsum("bc,bf->bcf", probs.to(features.dtype), features).flatten(1)
+
+
+class RandomisedMap(nn.Module):
+    """Randomised multilinear map ``(f R_f) * (g R_g) / sqrt(d)`` (CDAN: Long et al., 2018, eq. 6).
+
+    Stands for :func:`outer_product` where C * F is large: inner products agree in expectation. The matrices are
+    standard normal, made from ``seed`` alone (so equal on all ranks) and kept as buffers.
+
+    Args:
+        in_features: F; num_classes: C; out_features: d.
+    """
+
+    features_map: Tensor
+    probs_map: Tensor
+
+    def __init__(self, in_features: int, num_classes: int, out_features: int = 1024, seed: int = 0) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(seed)
+        self.out_features = out_features
+        self.register_buffer("features_map", torch.randn(in_features, out_features, generator=random))
+        self.register_buffer("probs_map", torch.randn(num_classes, out_features, generator=random))
+
+    def forward(self, features: Tensor, probs: Tensor) -> Tensor:
+        """``[B, F]``, ``[B, C]`` -> ``[B, d]``."""
+        return (features @ self.features_map) * (probs @ self.probs_map) / self.out_features**0.5
+
+
+def minimum_class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
+    """Minimum class confusion of unlabelled logits ``[B, C]`` (MCC: Jin et al., 2020, eq. 2 to 6).
+
+    With ``p = softmax(z / T)`` and certainty weights ``w_i = B (1 + exp(-H_i)) / sum_j (1 + exp(-H_j))`` (constants),
+    the confusion matrix ``p^T diag(w) p`` is normalised by rows, and the loss is the mean over classes of what lies
+    off its diagonal. A class that no sample predicts at all adds nothing.
+    """
+    with _no_autocast(logits):
+        scaled = _full(logits) / temperature
+        p = scaled.softmax(1)
+        weight = entropy_weights(scaled)  # mean 1 over the batch, which is the paper's normalisation
+        confusion = p.T @ (p * weight[:, None])
+        confusion = confusion / confusion.sum(1, keepdim=True).clamp_min(1e-12)
+        return (confusion.sum() - confusion.trace()) / p.shape[1]

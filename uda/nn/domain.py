@@ -1,0 +1,138 @@
+"""Which domain a forward belongs to, and layers that depend on it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from uda.errors import UDAError, nearest
+from uda.nn.backbones import Backbone, make_backbone
+
+Role = Literal["source", "target", "held_out"]
+
+
+@dataclass(frozen=True)
+class ActiveDomain:
+    """Domain of the forward under way: its ``name`` and its ``role``."""
+
+    name: str
+    role: Role
+
+
+_ACTIVE: ContextVar[ActiveDomain | None] = ContextVar("uda_active_domain", default=None)
+
+
+def active_domain() -> ActiveDomain | None:
+    """Domain of the forward under way; None outside, and in a forward of several domains at once."""
+    return _ACTIVE.get()
+
+
+@contextmanager
+def domain_context(name: str, role: Role) -> Iterator[ActiveDomain]:
+    """Declare the domain of all forwards inside. Contexts nest."""
+    token = _ACTIVE.set(ActiveDomain(name, role))
+    try:
+        yield _ACTIVE.get()  # type: ignore[misc]
+    finally:
+        _ACTIVE.reset(token)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "_")  # module names must not contain dots
+
+
+def choose(keys: Iterable[str], what: str) -> str:
+    """Key for the active domain: its name, else its role, held-out samples as the target.
+
+    Without an active domain it is ``"target"``, the domain that a deployed model serves.
+
+    Raises:
+        UDAError: where no key fits.
+    """
+    keys, domain = list(keys), active_domain()
+    if domain is None:
+        wanted = ["target"]
+    else:
+        wanted = [_key(domain.name), domain.role, *(["target"] if domain.role == "held_out" else [])]
+    for key in wanted:
+        if key in keys:
+            return key
+    raise UDAError(f"{what} has nothing for the {'default' if domain is None else domain.role} domain {wanted[0]!r}. "
+                   f"{nearest(wanted[0], keys)}")  # fmt: skip
+
+
+class DomainBatchNorm(nn.Module):
+    """One BatchNorm a domain, chosen by :func:`active_domain` (AdaBN: Li et al., 2016; DSBN: Chang et al., 2019).
+
+    Source and target must go through in separate forwards.
+
+    Args:
+        norm: the layer whose parameters and statistics all domains start from.
+        roles: roles or domain names.
+        separate_affine: scale and shift for each domain (DSBN), or only the statistics (AdaBN).
+    """
+
+    def __init__(
+        self, norm: _BatchNorm, roles: Iterable[str] = ("source", "target"), separate_affine: bool = True
+    ) -> None:
+        super().__init__()
+        self.num_features = norm.num_features
+        self.norms = nn.ModuleDict({_key(role): copy.deepcopy(norm) for role in roles})
+        if not self.norms:
+            raise UDAError("DomainBatchNorm needs at least one role, such as 'target'.")
+        if not separate_affine:
+            for other in self.norms.values():
+                other.weight, other.bias = norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the BatchNorm of the active domain."""
+        return self.norms[choose(self.norms, "DomainBatchNorm")](x)
+
+
+def convert_batchnorm(
+    module: nn.Module, roles: Iterable[str] = ("source", "target"), separate_affine: bool = True
+) -> nn.Module:
+    """Put a :class:`DomainBatchNorm` in the place of each BatchNorm, in place; returns the module.
+
+    Idempotent. Make it before the optimiser. A module that is a BatchNorm itself comes back wrapped.
+    """
+    roles = list(roles)
+    if isinstance(module, DomainBatchNorm):
+        return module
+    if isinstance(module, _BatchNorm):
+        return DomainBatchNorm(module, roles, separate_affine)
+    for name, child in module.named_children():
+        converted = convert_batchnorm(child, roles, separate_affine)
+        if converted is not child:
+            setattr(module, name, converted)
+    return module
+
+
+class PerDomain(Backbone):
+    """A backbone for each domain, where domains have different inputs: ``PerDomain({"source": ..., "target": ...})``.
+
+    All must give the same number of features. Keys are roles or domain names.
+    """
+
+    joint_forward = False
+
+    def __init__(self, backbones: Mapping[str, nn.Module | str]) -> None:
+        super().__init__()
+        if not backbones:
+            raise UDAError("PerDomain needs at least one backbone, such as {'source': 'mlp', 'target': 'mlp'}.")
+        self.backbones = nn.ModuleDict({_key(k): make_backbone(b) for k, b in backbones.items()})
+        sizes = {k: getattr(b, "out_features", None) for k, b in self.backbones.items()}
+        if len(known := {s for s in sizes.values() if s is not None}) > 1:
+            raise UDAError(f"The backbones of PerDomain must give equally many features, but out_features are {sizes}.")
+        self.out_features = next(iter(known)) if known and None not in sizes.values() else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``[B, F]`` by the backbone of the active domain."""
+        return self.backbones[choose(self.backbones, "PerDomain")](x)
