@@ -1,0 +1,115 @@
+"""What a checkpoint holds and how one is taken in."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from uda.described import describe
+from uda.errors import UDAError
+
+if TYPE_CHECKING:
+    from uda.module import UDA
+
+INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+
+
+def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments as names and numbers, so that ``load_from_checkpoint`` works with ``weights_only``.
+
+    An object without a plain form (a hand-made ``nn.Module``) is left out: it must be given again when loading.
+    """
+    out = {}
+    for name, value in arguments.items():
+        if isinstance(value, functools.partial) and isinstance(value.func, type) and not value.args:
+            path = f"{value.func.__module__}.{value.func.__qualname__}"
+            out[name] = {"class_path": path, "init_args": dict(value.keywords)}
+            continue
+        try:
+            out[name] = describe(value)
+        except TypeError:
+            continue
+    return out
+
+
+def remember(model: UDA, arguments: dict[str, Any]) -> None:
+    """Store hyperparameters: the config where the command line built the model, plain arguments otherwise."""
+    from lightning.pytorch.core.mixins import hparams_mixin
+
+    given = getattr(hparams_mixin, "_given_hyperparameters", None)
+    if given is not None and given.get() is not None:
+        model.save_hyperparameters(dict(given.get()))
+    else:
+        model.save_hyperparameters({**plain_arguments(arguments), "_instantiator": INSTANTIATOR})
+
+
+def plugin_keys(state: dict[str, Any]) -> set[str]:
+    """Keys of the plugins that have parameters or buffers in a state dict."""
+    return {name.split(".")[1] for name in state if name.startswith("plugins.")}
+
+
+def check_resume(model: UDA, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint that does not fit, by name, before Lightning's list of tensor names would.
+
+    Raises:
+        UDAError: plugin missing in the checkpoint or in the model, other class count, other backbone.
+    """
+    own = model.state_dict()
+    if lacking := sorted(plugin_keys(own) - plugin_keys(state)):
+        raise UDAError(
+            f"The checkpoint has no state for plugin {lacking[0]!r}, which this run uses. To start this run from its "
+            "weights, use model.init_from instead of ckpt_path; to resume, use the config that wrote it."
+        )
+    if extra := sorted(plugin_keys(state) - plugin_keys(own)):
+        raise UDAError(
+            f"The checkpoint holds plugin {extra[0]!r}, which this run does not use. Add it to model.plugins, or start "
+            "from the weights with model.init_from."
+        )
+    for name in ("head", "backbone", "bottleneck"):
+        _same_shapes(name, own, state, "ckpt_path")
+
+
+def _same_shapes(part: str, own: dict[str, Any], state: dict[str, Any], where: str) -> None:
+    mine = {k: tuple(v.shape) for k, v in own.items() if k.startswith(part + ".") and hasattr(v, "shape")}
+    theirs = {k: tuple(v.shape) for k, v in state.items() if k.startswith(part + ".") and hasattr(v, "shape")}
+    if mine == theirs:
+        return
+    different = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+    k = different[0]
+    raise UDAError(
+        f"The {part} of this run does not fit the checkpoint given as {where}: {len(different)} tensors differ, the first "
+        f"is {k!r} ({mine.get(k, 'absent')} here, {theirs.get(k, 'absent')} there). Use the same backbone, bottleneck, "
+        "head and classes as the run that wrote it."
+    )
+
+
+def init_from(model: UDA, path: str) -> None:
+    """Take backbone, bottleneck and head from a checkpoint, weights only; plugins and optimiser start fresh.
+
+    Raises:
+        UDAError: no such file, no model in it, or another architecture or class set.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UDAError(f"model.init_from: no file {path!r}.")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UDAError(f"model.init_from: {path!r} cannot be read as a checkpoint: {error}") from error
+    state = checkpoint.get("state_dict", checkpoint)
+    own = model.state_dict()
+    for part in ("backbone", "bottleneck", "head"):
+        _same_shapes(part, own, state, f"model.init_from ({file.name})")
+    theirs = (checkpoint.get("hyper_parameters") or {}).get("class_names")
+    if theirs and model.class_names and list(theirs) != list(model.class_names):
+        raise UDAError(
+            f"model.init_from: {file.name} was trained on classes {list(theirs)[:5]}..., this run has "
+            f"{list(model.class_names)[:5]}.... Give the same classes in the same order (data.classes)."
+        )
+    taken = {k: v for k, v in state.items() if k.split(".")[0] in ("backbone", "bottleneck", "head")}
+    model.load_state_dict(taken, strict=False)
+    rank_zero_info(f"Weights of backbone, bottleneck and head taken from {file.name}.")

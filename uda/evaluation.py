@@ -1,0 +1,167 @@
+"""One evaluation pass over the domains: accuracy, label-free scores, and pools for the next refresh."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from uda import running
+from uda.passes import DomainPool, PoolCollector
+from uda.plugin import Prediction
+from uda.selection import default_scores
+from uda.step import DomainBatch
+
+if TYPE_CHECKING:
+    from uda.module import UDA
+
+#: Prefix of every figure that target labels had a part in. Nothing with this prefix may choose anything.
+ORACLE = "oracle/"
+
+
+def accuracies(confusion: Tensor) -> tuple[float, float]:
+    """Instance accuracy and class mean (over the classes that occur) of a confusion matrix ``[C, C]``, row = truth."""
+    confusion = confusion.double()
+    per_class, seen = confusion.diagonal(), confusion.sum(1)
+    occurs = seen > 0
+    return float(per_class.sum() / seen.sum()), float((per_class[occurs] / seen[occurs]).mean())
+
+
+class Evaluation:
+    """Metrics of one pass of a stage (``"val"`` or ``"test"``)."""
+
+    def __init__(self, model: UDA) -> None:
+        self.model = model
+        self.confusions: dict[tuple[str, str], MulticlassConfusionMatrix] = {}
+        self.scores = {name: score.to(model.device) for name, score in default_scores().items()}
+        self.collectors: dict[str, PoolCollector] = {}
+        self.pools: dict[str, DomainPool] = {}
+
+    def collect(self, name: str, role: str) -> None:
+        """Keep features and logits of this domain: its evaluation set is its training pool."""
+        self.collectors[name] = PoolCollector(name, role, self.model.sizes[name])
+
+    def update(self, batch: DomainBatch, y: Tensor | None, rows: Tensor) -> None:
+        """Take in one batch. ``y`` ``[B]`` holds -1 where a label is unknown; ``rows`` are this rank's own."""
+        prediction = self.model.predict_batch(batch)
+        label = prediction.label
+        if prediction.unknown is not None:
+            label = torch.where(prediction.unknown, self.model.num_classes, label)
+        y = y if y is not None else torch.full_like(label, -1)
+        known = rows & (y >= 0)
+        key = (batch.role, batch.name)
+        if key not in self.confusions:  # class C stands for 'unknown'
+            metric = MulticlassConfusionMatrix(self.model.num_classes + 1, validate_args=False)
+            self.confusions[key] = metric.to(self.model.device)
+        self.confusions[key].update(label[known], y[known].clamp(max=self.model.num_classes))
+        if batch.role == "target":
+            for score in self.scores.values():
+                score.update(batch.logits[rows])
+        if batch.name in self.collectors:
+            collector = self.collectors[batch.name]
+            collector.add(batch.index[rows], batch.features[rows], batch.logits[rows], y[rows])
+
+    def compute(self) -> dict[str, float]:
+        """All figures; target accuracies carry the prefix ``oracle/``. Collective under DDP."""
+        out: dict[str, float] = {}
+        source: list[float] = []
+        for (role, name), metric in self.confusions.items():
+            confusion = metric.compute()
+            if confusion.sum() == 0:  # an unlabelled domain has no accuracy
+                continue
+            instance, class_mean = accuracies(confusion)
+            if role == "source":
+                source.append(instance)
+                if len(self.model.source_names) > 1:
+                    out[f"source_accuracy/{name}"] = instance
+            else:
+                out[f"{ORACLE}target_accuracy"] = instance
+                out[f"{ORACLE}target_class_accuracy"] = class_mean
+        if source:
+            out["source_accuracy"] = sum(source) / len(source)
+        for name, score in self.scores.items():
+            if score.update_called:
+                out[f"select/{name}"] = float(score.compute())
+        self.pools = {name: c.pool(self.model) for name, c in self.collectors.items()}
+        return out
+
+
+class EvaluationLoop(L.LightningModule):
+    """The validation, test and prediction hooks of :class:`uda.UDA`."""
+
+    hooks: Any
+    _evaluation: Evaluation | None = None
+
+    def predict_batch(self, batch: DomainBatch) -> Prediction:
+        """Labels, scores and unknown mask by the first plugin that predicts, or by the softmax."""
+        _, prediction = self.hooks.first("predict", model=self, batch=batch)
+        if prediction is None:
+            score, label = batch.logits.softmax(1).max(1)
+            prediction = Prediction(label, score)
+        return prediction
+
+    def _start_evaluation(self) -> None:
+        self._evaluation = Evaluation(self)
+        stage = "test" if self.trainer.testing else "val"
+        self._eval_domains = running.eval_domains(self, stage)
+        if stage == "val" and not self.trainer.sanity_checking:
+            for name, role in self._eval_domains:
+                if role in self.data_needs.refresh and self.trainer.datamodule.pool_is_eval(name):
+                    self._evaluation.collect(name, role)
+
+    def _evaluate(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
+        name, role = self._eval_domains[dataloader_idx]
+        domain = DomainBatch(self, name, role, {k: v for k, v in batch.items() if k != "y"})
+        if self.trainer.testing and role == "target" and self.hooks.filled("adapt"):
+            running.adapt(self, domain)
+        self._evaluation.update(domain, batch.get("y"), self.owned_rows(batch["index"]))
+
+    def _finish_evaluation(self, prefix: str) -> None:
+        values = self._evaluation.compute()
+        if self.trainer.state.fn == "fit":
+            self._pools = (running.batches_done(self.trainer), self._evaluation.pools)
+        self._evaluation = None
+        self.log_dict({prefix + k: v for k, v in values.items()})
+
+    def owned_rows(self, index: Tensor) -> Tensor:
+        """Rows ``[B]`` that this rank answers for: padding that only evens out the ranks is dropped."""
+        return index % self.trainer.world_size == self.global_rank
+
+    def on_validation_epoch_start(self) -> None:
+        """Fresh metrics for one pass over all domains."""
+        self._start_evaluation()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Metrics, scores and pools of one batch."""
+        self._evaluate(batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``source_accuracy``, ``oracle/...`` and ``select/...``."""
+        self._finish_evaluation("")
+
+    def on_test_epoch_start(self) -> None:
+        """Fresh metrics for one pass over all domains."""
+        self._start_evaluation()
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Metrics of one batch, adapted to first where a plugin adapts."""
+        self._evaluate(batch, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the same figures with the prefix ``test/``."""
+        self._finish_evaluation("test/")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """``index``, ``label``, ``score``, ``unknown`` and ``probs`` of a target batch."""
+        domain = self.batch(batch["x"], index=batch["index"])
+        if self.hooks.filled("adapt"):
+            running.adapt(self, domain)
+        p = self.predict_batch(domain)
+        unknown = p.unknown if p.unknown is not None else torch.zeros_like(p.label, dtype=torch.bool)
+        rows = self.owned_rows(batch["index"])
+        out = {"index": batch["index"], "label": p.label, "score": p.score, "unknown": unknown}
+        out["probs"] = domain.logits.softmax(1)
+        return {k: v[rows] for k, v in out.items()}

@@ -1,0 +1,329 @@
+"""Small pieces of the training loop: progress, seeding, checks, refresh, logging."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.profilers import PassThroughProfiler
+from torch import Tensor, nn
+
+from uda.errors import UDAError, nearest
+from uda.passes import Pools, walk
+
+if TYPE_CHECKING:
+    from uda.module import UDA
+    from uda.plugin import Plugin
+    from uda.step import DomainBatch, Step
+
+_CHOICES = {
+    "bottleneck_norm": ("batch", "layer", "none"),
+    "head": ("linear", "weight_norm", "cosine"),
+    "forward_mode": ("joint", "separate"),
+    "gate_level": ("features", "bottleneck", "parameters"),
+}
+SPEC = ("num_classes", "class_names", "input_shape", "sizes", "source_names", "target_name")
+
+# ----------------------------------------------------------------------------------------------- checks
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse values that cannot work, naming the choices."""
+    for name, choices in _CHOICES.items():
+        if arguments[name] not in choices:
+            raise UDAError(f"model.{name}: unknown value {arguments[name]!r}. {nearest(str(arguments[name]), choices)}")
+    if not 0 <= arguments["label_smoothing"] < 1:
+        raise UDAError(f"model.label_smoothing must be in [0, 1), got {arguments['label_smoothing']}.")
+    for name in ("bottleneck", "manual_clip"):
+        if arguments[name] < 0:
+            raise UDAError(f"model.{name} must be 0 (off) or positive, got {arguments[name]}.")
+    if arguments["manual_accumulate"] < 1:
+        raise UDAError(f"model.manual_accumulate must be 1 or more, got {arguments['manual_accumulate']}.")
+
+
+def keyed(plugins: dict[str, Plugin]) -> dict[str, Plugin]:
+    """Give each plugin its key; keys are names in checkpoints, logs and overrides."""
+    seen: dict[int, str] = {}
+    for key, plugin in plugins.items():
+        if not key.isidentifier() or hasattr(nn.ModuleDict, key):
+            raise UDAError(f"Plugin key {key!r} cannot be used: take a plain name such as 'align' or 'refine'.")
+        if id(plugin) in seen:
+            raise UDAError(f"One plugin object stands under two keys, {seen[id(plugin)]!r} and {key!r}: make two objects.")
+        seen[id(plugin)] = key
+        plugin.key = key
+    return plugins
+
+
+def take_spec(model: UDA, datamodule: Any) -> None:
+    """Fill in sizes and names from the data module, and check those that the model already has."""
+    spec = getattr(datamodule, "spec", None)
+    if spec is None:
+        return
+    if model.num_classes is not None and model.num_classes != spec["num_classes"]:
+        raise UDAError(
+            f"The model has {model.num_classes} classes, the data {spec['num_classes']}. Leave model.num_classes out, or "
+            "name the classes of the model's training under data.classes."
+        )
+    if model.class_names and list(model.class_names) != list(spec["class_names"]):
+        raise UDAError(
+            f"The model was made for classes {model.class_names[:5]}..., the data has {spec['class_names'][:5]}...: "
+            "give the same classes in the same order (data.classes)."
+        )
+    for name in SPEC:
+        setattr(model, name, spec[name])
+    model.hparams.update({name: spec[name] for name in SPEC})
+
+
+def check_fit(model: UDA) -> None:
+    """Checks that need the trainer.
+
+    Raises:
+        UDAError: unbounded training, a monitor on target labels, a strategy that the plugins cannot run under.
+    """
+    trainer = model.trainer
+    for callback in trainer.callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if monitor and "oracle/" in str(monitor):
+            raise UDAError(
+                f"{type(callback).__name__} monitors {monitor!r}, which is made of target labels. Monitor a label-free "
+                "score instead: select/im, select/entropy, ... (docs/selection.md)."
+            )
+    total_batches(model)
+    manual = [k for k, p in model.plugins.items() if p.manual]
+    if manual and trainer.precision == "16-mixed":
+        raise UDAError(f"Plugin {manual[0]!r} steps by hand and has no loss scaling: use bf16-mixed or 32-true.")
+    unused = [k for k, p in model.plugins.items() if p.unused_parameters]
+    ddp = getattr(trainer.strategy, "_ddp_kwargs", None)
+    if unused and ddp is not None and not ddp.get("find_unused_parameters"):
+        raise UDAError(f"Plugin {unused[0]!r} needs trainer.strategy: ddp_find_unused_parameters_true.")
+
+
+def check_adapt(model: UDA) -> None:
+    """Conditions of test-time adaptation, once before the stream.
+
+    Raises:
+        UDAError: several processes with a method that does not average, or inference mode.
+    """
+    for key in model.hooks.fillers("adapt"):
+        if model.trainer.world_size > 1 and not model.plugins[key].averages:
+            raise UDAError(f"Plugin {key!r} adapts to a stream and would drift apart on several processes: use devices=1.")
+    if model.hooks.filled("adapt") and torch.is_inference_mode_enabled():
+        raise UDAError("Test-time adaptation needs gradients: use Trainer(inference_mode=False).")
+
+
+# --------------------------------------------------------------------------------------------- progress
+
+
+def total_batches(model: UDA) -> int:
+    """Batches of the whole training.
+
+    Raises:
+        UDAError: neither max_epochs nor max_steps bounds it, so that schedules have no end.
+    """
+    trainer = model.trainer
+    bounds = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        bounds.append(trainer.max_epochs * trainer.num_training_batches)
+    if trainer.max_steps >= 0 and model.automatic_optimization:
+        bounds.append(trainer.max_steps * trainer.accumulate_grad_batches)
+    bounds = [b for b in bounds if math.isfinite(b)]
+    if not bounds:
+        raise UDAError("Give trainer.max_epochs or trainer.max_steps: ramps and learning rate follow the run's progress.")
+    return int(min(bounds))
+
+
+def batches_done(trainer: L.Trainer) -> int:
+    """Training batches finished, over all epochs."""
+    return trainer.fit_loop.epoch_loop.total_batch_idx + 1
+
+
+def progress(model: UDA) -> float:
+    """Share of the training that is done at the current batch, in [0, 1]."""
+    if model._trainer is None or not model.trainer.training:
+        return 1.0
+    return min(model.trainer.fit_loop.epoch_loop.total_batch_idx / max(total_batches(model), 1), 1.0)
+
+
+def total_steps(model: UDA) -> int:
+    """Scheduler steps of the whole training."""
+    estimate = model.trainer.estimated_stepping_batches
+    if not math.isfinite(estimate):
+        return 1  # unbounded: check_fit says so before the first step
+    return max(1, int(estimate) // (1 if model.automatic_optimization else model.manual_accumulate))
+
+
+def seed_step(base: int, index: int, rank: int, salt: int = 0) -> None:
+    """Seed all generators from (seed, step, rank)."""
+    seed = int(np.random.SeedSequence([base, index, rank, salt]).generate_state(1)[0])
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def profile_of(trainer: L.Trainer) -> Any:
+    """The profiler's span maker, or None when nobody profiles."""
+    return None if isinstance(trainer.profiler, PassThroughProfiler) else trainer.profiler.profile
+
+
+# ------------------------------------------------------------------------------------------------- steps
+
+
+def concatenate(xs: list[Tensor], batches: list[DomainBatch]) -> Tensor:
+    """Join the inputs of several domains.
+
+    Raises:
+        UDAError: different sample shapes.
+    """
+    shapes = {tuple(x.shape[1:]) for x in xs}
+    if len(shapes) > 1:
+        named = ", ".join(f"{b.name} {tuple(x.shape[1:])}" for b, x in zip(batches, xs, strict=True))
+        raise UDAError(f"Samples of the domains have different shapes ({named}): use model.forward_mode: separate.")
+    return torch.cat(xs)
+
+
+def named(key: str, hook: str, found: Any) -> dict[str, Tensor]:
+    """Check a plugin's objectives and put its key before their names."""
+    if not isinstance(found, dict):
+        raise UDAError(f"Plugin {key!r}: {hook} must return a dict of scalars, got {type(found).__name__}.")
+    for name, value in found.items():
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UDAError(f"Plugin {key!r}: objective {name!r} of {hook} must be a scalar tensor, got {got}.")
+    return {f"{key}/{name}": value for name, value in found.items()}
+
+
+class FiniteCheck:
+    """Finds the first objective that is not finite, without a device synchronisation in each step."""
+
+    def __init__(self, model: UDA) -> None:
+        self.on = model.check_finite
+        self.every = 1 if model.device.type == "cpu" else max(1, model.trainer.log_every_n_steps)
+        self.names: list[str] = []
+        self.first: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def see(self, step: Step) -> None:
+        """Take note of a step's objectives; look at them now and then."""
+        if not self.on:
+            return
+        names = list(step.objectives)
+        values = torch.stack([v.detach().float() for v in step.objectives.values()])
+        if self.every == 1:
+            if not bool(values.isfinite().all()):
+                self.names, self.value = names, values
+                self.first = torch.where(values.isfinite(), -1, step.index)
+                self.look()
+            return
+        if names != self.names:
+            self.look()
+            self.names, self.first, self.value = names, torch.full_like(values, -1).long(), values
+        new = (self.first < 0) & ~values.isfinite()
+        self.first = torch.where(new, step.index, self.first)
+        self.value = torch.where(new, values, self.value)
+        if step.index % self.every == 0:
+            self.look()
+
+    def look(self) -> None:
+        """Raise if anything was not finite.
+
+        Raises:
+            UDAError: with step, objective and plugin.
+        """
+        if self.first is None or bool((self.first < 0).all()):
+            return
+        first = self.first.tolist()
+        at = min(i for i in first if i >= 0)
+        name = self.names[first.index(at)]
+        owner = f"plugin {name.split('/')[0]!r}" if "/" in name else "the skeleton (source classification)"
+        raise UDAError(
+            f"Objective {name!r} of {owner} is {float(self.value[first.index(at)])} at step {at}. Lower the learning rate "
+            "or the weight of that plugin, clip gradients (trainer.gradient_clip_val), and check the inputs. "
+            "model.check_finite: false turns this check off."
+        )
+
+
+def log_step(model: UDA, step: Step) -> None:
+    """Objectives and diagnostics, at the trainer's logging interval only."""
+    trainer = model.trainer
+    if (trainer.global_step + 1) % trainer.log_every_n_steps and not trainer.fast_dev_run:
+        for plugin in model.plugins.values():
+            plugin.take_diagnostics()
+        return
+    values: dict[str, Any] = {f"train/{name}": value.detach() for name, value in step.objectives.items()}
+    for key, plugin in model.plugins.items():
+        values |= {f"train/{key}/{name}": v for name, v in plugin.take_diagnostics().items()}
+    model.log_dict(values, batch_size=1)
+    total = torch.stack([v.detach().float() for v in step.objectives.values()]).sum()
+    model.log("train/loss", total, prog_bar=True, batch_size=1)
+
+
+def log_weights(model: UDA, weights: dict[str, Any]) -> None:
+    """Weights that a combiner chose."""
+    trainer = model.trainer
+    if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        model.log_dict({f"train/weight/{n}": torch.as_tensor(w).float() for n, w in weights.items()}, batch_size=1)
+
+
+def manual_step(model: UDA, step: Step) -> None:
+    """Manual optimisation of one batch, scheduler stepping included."""
+    from uda.gate import Objectives
+
+    objectives = Objectives(step.objectives, step)
+    _, done = model.hooks.first("optimise", step=step, objectives=objectives)
+    if not done:
+        model.manual_update(torch.stack([v.float() for v in step.objectives.values()]).sum())
+    if step.updated:
+        model.lr_schedulers().step()
+    model.finish_step()
+
+
+def refresh_if_due(model: UDA, batch_idx: int, index: int) -> None:
+    """Whole-domain pass and ``refresh``, reusing pools that an evaluation has just seen with these weights."""
+    if not model.hooks.filled("refresh"):
+        return
+    needs = model.data_needs
+    if (index % needs.refresh_every if needs.refresh_every else batch_idx) != 0:
+        return
+    stamp, seen = model._pools
+    model._pools = (-1, {})
+    datamodule = getattr(model.trainer, "datamodule", None)
+    if datamodule is None and needs.refresh:
+        raise UDAError("A plugin asks for whole-domain passes (refresh): fit with a uda.DataModule.")
+
+    def pool(name: str, role: str) -> Any:
+        if stamp == index and name in seen:
+            return seen[name]
+        return walk(model, name, role, datamodule.pool_dataloader(name))
+
+    sources = {n: pool(n, "source") for n in model.source_names} if "source" in needs.refresh else {}
+    target = pool(model.target_name, "target") if "target" in needs.refresh else None
+    seed_step(model.base_seed, index, 0, salt=1)  # equal on all ranks: what a refresh draws must be, too
+    with torch.no_grad():
+        model.hooks.all("refresh", model=model, bank=Pools(sources, target))
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+
+def eval_domains(model: UDA, stage: str) -> list[tuple[str, str]]:
+    """``(name, role)`` of each evaluation loader; without a data module the last one is the target."""
+    datamodule = getattr(model.trainer, "datamodule", None)
+    if hasattr(datamodule, "eval_domains"):
+        return [(n, "target" if n == model.target_name else "source") for n in datamodule.eval_domains(stage)]
+    loaders = model.trainer.test_dataloaders if stage == "test" else model.trainer.val_dataloaders
+    count = len(loaders) if isinstance(loaders, (list, tuple)) else 1
+    names = [*(model.source_names or [f"source{i}" for i in range(count - 1)])][: count - 1]
+    return [*((n, "source") for n in names), (model.target_name, "target")]
+
+
+def adapt(model: UDA, batch: DomainBatch) -> None:
+    """Let the first plugin that adapts do so, and score its logits."""
+    check_adapt(model)
+    with torch.enable_grad():
+        _, logits = model.hooks.first("adapt", model=model, batch=batch)
+    if logits is not None:
+        batch.views["x"].set_logits(logits.detach())

@@ -1,0 +1,158 @@
+"""The blackboard of one training step: batches of each domain with lazily computed features and logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from uda.module import UDA
+    from uda.plugin import PseudoLabels
+
+VIEWS = ("x", "weak", "strong")
+
+
+class View:
+    """One view of a batch: the input ``x``, its ``features`` ``[B, F]`` and ``logits`` ``[B, C]``."""
+
+    __slots__ = ("_batch", "_features", "_logits", "name", "x")
+
+    def __init__(self, batch: DomainBatch, name: str, x: Tensor) -> None:
+        self._batch, self.name, self.x = batch, name, x
+        self._features: Tensor | None = None
+        self._logits: Tensor | None = None
+
+    @property
+    def features(self) -> Tensor:
+        """Features after the bottleneck and ``transform_features``; computed once."""
+        if self._features is None:
+            self._batch._forward(self.name)
+        return self._features  # type: ignore[return-value]
+
+    @features.setter
+    def features(self, value: Tensor) -> None:
+        self._features, self._logits = value, None
+
+    @property
+    def logits(self) -> Tensor:
+        """Classifier output for :attr:`features`; computed once."""
+        if self._logits is None:
+            self._logits = self._batch.model.head(self.features)
+        return self._logits
+
+    def set_logits(self, value: Tensor) -> None:
+        """Logits from elsewhere (test-time adaptation)."""
+        self._logits = value
+
+    @property
+    def computed(self) -> bool:
+        """Whether the forward has run."""
+        return self._features is not None
+
+
+class DomainBatch:
+    """The samples of one domain in a step.
+
+    Attributes:
+        name: domain name; ``role``: ``"source"``, ``"target"`` or ``"held_out"``.
+        views: ``{"x": View, "weak": View, "strong": View}``, those that are loaded.
+        y: class ids ``[B]`` (or a distribution ``[B, C]`` after mixing); None on a target.
+        index: position of each sample in its domain's training pool ``[B]``.
+        pseudo: pseudo-labels of this step, on the target only.
+        cache: free space for a plugin's intermediates; keys should start with the plugin's key.
+    """
+
+    __slots__ = ("_step", "cache", "index", "model", "name", "pseudo", "role", "views", "y")
+
+    def __init__(self, model: UDA, name: str, role: str, data: dict[str, Tensor], step: Step | None = None) -> None:
+        self.model, self.name, self.role, self._step = model, name, role, step
+        self.views = {v: View(self, v, data[v]) for v in VIEWS if v in data}
+        self.y: Tensor | None = data.get("y") if role == "source" else None
+        self.index: Tensor | None = data.get("index")
+        self.pseudo: PseudoLabels | None = None
+        self.cache: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.views["x"].x)
+
+    @property
+    def x(self) -> Tensor:
+        """Input of the plain view."""
+        return self.views["x"].x
+
+    @x.setter
+    def x(self, value: Tensor) -> None:
+        self.views["x"] = View(self, "x", value)
+
+    @property
+    def features(self) -> Tensor:
+        """Features ``[B, F]`` of the plain view."""
+        return self.views["x"].features
+
+    @features.setter
+    def features(self, value: Tensor) -> None:
+        self.views["x"].features = value
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits ``[B, C]`` of the plain view."""
+        return self.views["x"].logits
+
+    def view(self, name: str) -> View:
+        """The view ``"x"``, ``"weak"`` or ``"strong"``."""
+        if name not in self.views:
+            needs = "views" if self.role == "target" else "source_views"
+            raise KeyError(f"View {name!r} of the {self.role} batch is not loaded: ask for it in data_needs ({needs}).")
+        return self.views[name]
+
+    def _forward(self, view: str) -> None:
+        if self._step is not None and self.model.joint_forward and self in self._step.joint:
+            together = [b for b in self._step.joint if view in b.views and not b.views[view].computed]
+        else:
+            together = [self]
+        self.model.compute_features(together, view)
+
+
+class Step:
+    """What the hooks of one training step share.
+
+    Attributes:
+        model: the skeleton.
+        sources: source batches by domain name; ``source`` is the first one (None when source-free).
+        target: the unlabelled target batch (None in plain source-only training).
+        held_out: unlabelled target batch that no objective trains on, where asked for.
+        progress: share of the whole training that is done, in [0, 1].
+        batch_idx: batch number in the epoch; ``index``: batch number in the whole training.
+        objectives: ``{name: scalar}`` so far.
+        gate: features of backbone and bottleneck that joint objectives have passed through.
+        updated: whether the optimiser has stepped on this batch (known in ``after_step``).
+        cache: free space shared by plugins.
+    """
+
+    def __init__(self, model: UDA, data: dict[str, Any], progress: float, batch_idx: int, index: int) -> None:
+        self.model, self.progress, self.batch_idx, self.index = model, progress, batch_idx, index
+        self.sources = {n: DomainBatch(model, n, "source", d, self) for n, d in data.get("sources", {}).items()}
+        target, held_out = data.get("target"), data.get("held_out")
+        name = model.target_name
+        self.target = None if target is None else DomainBatch(model, name, "target", target, self)
+        self.held_out = None if held_out is None else DomainBatch(model, name, "held_out", held_out, self)
+        self.joint = [*self.sources.values(), *([self.target] if self.target else [])]
+        self.objectives: dict[str, Tensor] = {}
+        self.gate: list[Tensor] = []
+        self.updated = False
+        self.cache: dict[str, Any] = {}
+
+    @property
+    def source(self) -> DomainBatch | None:
+        """The first source, or None in a source-free run."""
+        return next(iter(self.sources.values()), None)
+
+    def pooled(self, attribute: str) -> Tensor:
+        """Concatenation of ``"features"``, ``"logits"``, ``"x"`` or ``"y"`` over all sources."""
+        return torch.cat([getattr(b, attribute) for b in self.sources.values()])
+
+    def domain_mean(self, per_source: dict[str, Tensor]) -> Tensor:
+        """Mean of one scalar a source, so that the number of sources does not change the weight."""
+        return torch.stack(list(per_source.values())).mean()
