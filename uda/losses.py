@@ -1,7 +1,7 @@
 """Losses as pure functions. ``B`` samples, ``C`` classes, ``F`` features.
 
-All are computed in float32 (float64 for float64 inputs) with autocast off: logarithms of means and products of
-probabilities lose too much in half precision.
+All are computed in float32 (float64 for float64 inputs) with autocast off: logarithms of means and products
+of probabilities lose too much in half precision.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def classification_loss(
         logits: ``[B, C]``.
         y: class ids ``[B]`` (integers) or distributions ``[B, C]``.
         label_smoothing: e in ``(1 - e) y + e / C`` (Szegedy et al., 2016).
-        weight: weight of each *sample* ``[B]``. The mean is over all B samples, as in FixMatch: a sample of weight
-            zero counts.
+        weight: weight of each *sample* ``[B]``. The mean is over all B samples, as in FixMatch: a sample of
+            weight zero counts.
         reduction: ``"mean"`` for a scalar, ``"none"`` for ``[B]``.
     """
     if y.ndim == 2 and y.shape != logits.shape:
@@ -62,7 +62,9 @@ def soft_cross_entropy(
 ) -> Tensor:
     """``-sum_c t_c log p_c`` for distributions ``targets`` ``[B, C]``; see :func:`classification_loss`."""
     if targets.ndim != 2:
-        raise UDAError(f"soft_cross_entropy takes distributions [B, C], not a tensor of shape {tuple(targets.shape)}.")
+        raise UDAError(
+            f"soft_cross_entropy takes distributions [B, C], not a tensor of shape {tuple(targets.shape)}."
+        )
     return classification_loss(logits, targets, label_smoothing, weight, reduction)
 
 
@@ -87,8 +89,8 @@ def mean_entropy(logits: Tensor) -> Tensor:
 def information_maximisation(logits: Tensor) -> Tensor:
     """Mutual information of sample and class, ``H(mean_i p_i) - mean_i H(p_i)``, in [0, log C].
 
-    To be *maximised*: certain predictions that use all classes (Krause et al., 2010; SHOT: Liang et al., 2020,
-    eq. 4 and 5). The loss is its negative.
+    To be *maximised*: certain predictions that use all classes (Krause et al., 2010; SHOT: Liang et al.,
+    2020, eq. 4 and 5). The loss is its negative.
     """
     with _no_autocast(logits):
         log_p = _full(logits).log_softmax(1)
@@ -102,7 +104,7 @@ def domain_adversarial_loss(
     source_weight: Tensor | None = None,
     target_weight: Tensor | None = None,
 ) -> Tensor:
-    """``1/2 [BCE(source, 1) + BCE(target, 0)]`` of a domain discriminator (Ganin et al., 2016, eq. 9).
+    """``1/2 [BCE(source, 1) + BCE(target, 0)]`` of a domain discriminator (Ganin et al., 2016).
 
     Each domain counts one half, however many samples it has.
 
@@ -128,7 +130,7 @@ def domain_adversarial_loss(
 def entropy_weights(
     logits: Tensor, normalise: Literal["domain", "none"] = "domain", detach: bool = True
 ) -> Tensor:
-    """``1 + exp(-H(p))`` ``[B]``: certain samples weigh more (CDAN+E: Long et al., 2018, section 3.3).
+    """``1 + exp(-H(p))`` ``[B]``: certain samples weigh more (CDAN+E: Long et al., 2018).
 
     Args:
         logits: ``[B, C]`` of one domain.
@@ -143,15 +145,18 @@ def entropy_weights(
 
 
 def outer_product(features: Tensor, probs: Tensor) -> Tensor:
-    """Multilinear map ``g (x) f`` of ``[B, F]`` and ``[B, C]``, flattened to ``[B, C * F]``, class by class (CDAN, eq. 5)."""
+    """Multilinear map ``g (x) f`` (CDAN: Long et al., 2018): ``[B, F]``, ``[B, C]`` -> ``[B, C * F]``.
+
+    The C blocks of length F stand one after the other.
+    """
     return torch.einsum("bc,bf->bcf", probs.to(features.dtype), features).flatten(1)
 
 
 class RandomisedMap(nn.Module):
-    """Randomised multilinear map ``(f R_f) * (g R_g) / sqrt(d)`` (CDAN: Long et al., 2018, eq. 6).
+    """Randomised multilinear map ``(f R_f) * (g R_g) / sqrt(d)`` (CDAN: Long et al., 2018).
 
-    Stands for :func:`outer_product` where C * F is large: inner products agree in expectation. The matrices are
-    standard normal, made from ``seed`` alone (so equal on all ranks) and kept as buffers.
+    Stands for :func:`outer_product` where C * F is large: inner products agree in expectation. The matrices
+    are standard normal, made from ``seed`` alone (so equal on all ranks) and kept as buffers.
 
     Args:
         in_features: F; num_classes: C; out_features: d.
@@ -173,11 +178,11 @@ class RandomisedMap(nn.Module):
 
 
 def minimum_class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
-    """Minimum class confusion of unlabelled logits ``[B, C]`` (MCC: Jin et al., 2020, eq. 2 to 6).
+    """Minimum class confusion of unlabelled logits ``[B, C]`` (MCC: Jin et al., 2020).
 
-    With ``p = softmax(z / T)`` and certainty weights ``w_i = B (1 + exp(-H_i)) / sum_j (1 + exp(-H_j))`` (constants),
-    the confusion matrix ``p^T diag(w) p`` is normalised by rows, and the loss is the mean over classes of what lies
-    off its diagonal. A class that no sample predicts at all adds nothing.
+    With ``p = softmax(z / T)`` and certainty weights ``w_i = B (1 + exp(-H_i)) / sum_j (1 + exp(-H_j))``
+    (constants), the confusion matrix ``p^T diag(w) p`` is normalised by rows, and the loss is the mean over
+    classes of what lies off its diagonal. A class that no sample predicts at all adds nothing.
     """
     with _no_autocast(logits):
         scaled = _full(logits) / temperature

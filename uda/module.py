@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -177,7 +178,7 @@ class UDA(EvaluationLoop):
         """One forward for the view of all ``batches``: backbone, bottleneck, ``transform_features``."""
         xs = [b.views[view].x for b in batches]
         one = batches[0]
-        with domain_context(one.name, one.role if len(batches) == 1 else "joint"):
+        with domain_context(one.name, one.role) if len(batches) == 1 else nullcontext():
             z = self.bottleneck(self.backbone(xs[0] if len(xs) == 1 else running.concatenate(xs, batches)))
         step = one._step
         if step is not None and z.requires_grad and one.role != "held_out":
@@ -197,6 +198,7 @@ class UDA(EvaluationLoop):
 
     def on_fit_start(self) -> None:
         """Last checks before the first step."""
+        self.base_seed = self.trainer.strategy.broadcast(self.base_seed)
         running.check_fit(self)
 
     def on_train_start(self) -> None:

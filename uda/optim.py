@@ -25,7 +25,9 @@ class Schedule(Described, ABC):
 
     def __init__(self, warmup: float = 0.0) -> None:
         if not 0 <= warmup < 1:
-            raise UDAError(f"warmup is the share of the training in [0, 1) that the rise takes, not {warmup}.")
+            raise UDAError(
+                f"warmup is the share of the training in [0, 1) that the rise takes, not {warmup}."
+            )
         self.warmup = warmup
 
     @abstractmethod
@@ -106,8 +108,8 @@ def _clean(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         for p in params:
             if id(p) in owner:
                 raise UDAError(
-                    f"A parameter of shape {tuple(p.shape)} is claimed twice, by {owner[id(p)]!r} and by {label!r}: "
-                    "each parameter belongs to one optimiser group."
+                    f"A parameter of shape {tuple(p.shape)} is claimed twice, by {owner[id(p)]!r} and by "
+                    f"{label!r}: each parameter belongs to one optimiser group."
                 )
             owner[id(p)] = label
         name, n = label, 2
@@ -126,8 +128,8 @@ def build_optimizer(
 
     Args:
         optimizer: makes the optimiser from a list of groups, such as :func:`default_optimizer`.
-        groups: ``{"params": ..., "name": "head", "lr_scale": 1.0, ...}``; further keys go to the optimiser. Frozen
-            parameters and groups without trainable ones are dropped.
+        groups: ``{"params": ..., "name": "head", "lr_scale": 1.0, ...}``; further keys go to the optimiser.
+            Frozen parameters and groups without trainable ones are dropped.
 
     Raises:
         UDAError: where two groups claim one parameter, or nothing is trainable.
@@ -137,7 +139,9 @@ def build_optimizer(
         raise UDAError("No parameter requires a gradient, so there is nothing to train.")
     built = optimizer(cleaned)
     if not isinstance(built, Optimizer):
-        raise UDAError(f"The optimizer must be a callable that returns a torch Optimizer, not {type(built).__name__}.")
+        raise UDAError(
+            f"The optimizer must be a callable that returns a torch Optimizer, not {type(built).__name__}."
+        )
     for group in built.param_groups:
         group["lr"] = group["lr"] * group.get("lr_scale", 1.0)
         group["initial_lr"] = group["lr"]
@@ -145,17 +149,18 @@ def build_optimizer(
 
 
 def build_scheduler(optimizer: Optimizer, schedule: Schedule, total_steps: int) -> LambdaLR:
-    """A scheduler that is stepped with the optimiser; its rate follows ``schedule.factor(step / total_steps)``.
+    """A scheduler, stepped with the optimiser, whose rate follows ``schedule.factor(step / total_steps)``.
 
     Raises:
         UDAError: where the number of steps is not a finite positive number.
     """
     if not 0 < total_steps < math.inf:
         raise UDAError(
-            f"The schedule needs a known number of steps, not {total_steps}: set max_epochs or max_steps of the trainer."
+            f"The schedule needs a known number of steps, not {total_steps}: set the trainer's max_epochs or "
+            "max_steps."
         )
 
-    # a plain function: a callable object would put its state, and so the schedule object, into each checkpoint
+    # a plain function: a callable object's state, and so the schedule, would be pickled into each checkpoint
     def factor(step: int) -> float:
         return schedule.factor(min(step / total_steps, 1.0))
 

@@ -1,4 +1,4 @@
-"""Networks and their parts: backbones, heads, gradient reversal, memory banks, EMA teachers, domain-wise layers.
+"""Networks and their parts: backbones, heads, gradient reversal, banks, EMA teachers, domain-wise layers.
 
 Names load on first use, so that ``import uda.nn`` is cheap and optional packages stay optional.
 """
@@ -9,20 +9,19 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "backbones": (
-        "MLP", "Backbone", "EfficientNetLite", "Identity", "SmallCNN", "Timm", "TorchVision", "feature_size",
-        "make_backbone",
-    ),
+    "backbones": ("MLP", "Backbone", "EfficientNetLite", "Identity", "SmallCNN", "Timm", "TorchVision"),
     "bank": ("Bank", "gather_domain", "gather_rows"),
     "domain": (
-        "ActiveDomain", "DomainBatchNorm", "PerDomain", "active_domain", "convert_batchnorm", "domain_context",
+        "ActiveDomain", "DomainBatchNorm", "PerDomain", "active_domain", "convert_batchnorm",
+        "domain_context",
     ),
     "ema": ("EMATeacher",),
+    "factory": ("feature_size", "make_backbone"),
     "heads": ("Bottleneck", "CosineHead", "DomainDiscriminator", "LinearHead", "WeightNormHead", "make_head"),
     "reversal": ("reverse_gradient", "warm_start", "warm_start_iterations"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

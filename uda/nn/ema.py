@@ -22,10 +22,11 @@ class EMATeacher(nn.Module):
     """A frozen copy of one or more modules; always in evaluation mode, never in the optimiser.
 
     Args:
-        modules: what to copy, such as ``[backbone, bottleneck, head]``; ``forward`` applies the copies in this order.
+        modules: what to copy, such as ``[backbone, bottleneck, head]``; ``forward`` applies the copies in
+            this order.
         buffers: what ``update`` does with floating-point buffers such as BatchNorm statistics: ``"copy"`` the
-            student's, ``"average"`` as the parameters, or ``"none"``. Other buffers (counters) are copied, except
-            under ``"none"``.
+            student's, ``"average"`` as the parameters, or ``"none"``. Other buffers (counters) are copied,
+            except under ``"none"``.
     """
 
     def __init__(self, modules: Modules, buffers: Literal["copy", "average", "none"] = "copy") -> None:
@@ -53,8 +54,8 @@ class EMATeacher(nn.Module):
         theirs = [dict(getattr(m, kind)()) for m in students]
         if [list(m) for m in mine] != [list(t) for t in theirs]:
             raise UDAError(
-                f"The student's {kind.removeprefix('named_')} differ from the teacher's. Give the modules that the "
-                "teacher was made of, in the same order, and make it after any model surgery."
+                f"The student's {kind.removeprefix('named_')} differ from the teacher's. Give the modules "
+                "that the teacher was made of, in the same order, and make it after any model surgery."
             )
         return [t for m in mine for t in m.values()], [t for m in theirs for t in m.values()]
 

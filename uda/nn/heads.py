@@ -14,7 +14,8 @@ from uda.errors import UDAError, nearest
 class Bottleneck(nn.Module):
     """Linear, normalisation, ReLU and dropout: ``[B, in_features] -> [B, out_features]``.
 
-    Linear-BatchNorm-ReLU of width 256 is the field's usual one (Long et al., 2018 and its re-implementations).
+    Linear-BatchNorm-ReLU of width 256 is the field's usual one (Long et al., 2018 and its
+    re-implementations).
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class LinearHead(nn.Module):
 
 
 class WeightNormHead(nn.Module):
-    """Linear classifier with weight normalisation ``w_c = g_c v_c / ||v_c||`` (Salimans & Kingma, 2016), as in SHOT.
+    """Linear classifier with weight normalisation ``w_c = g_c v_c / |v_c|`` (Salimans & Kingma, 2016).
 
     Direction and length are plain parameters, so the head copies, pickles and compiles like any layer.
     """
@@ -84,7 +85,7 @@ class WeightNormHead(nn.Module):
 
 
 class CosineHead(nn.Module):
-    """Cosine classifier ``logit_c = cos(f, w_c) / temperature``, without bias (MME: Saito et al., 2019, T = 0.05).
+    """Cosine classifier ``cos(f, w_c) / temperature`` without bias (MME: Saito et al., 2019, T = 0.05).
 
     Computed in float32: divided by a small temperature, a half-precision cosine is off by a tenth of a logit.
     """
@@ -109,7 +110,11 @@ class CosineHead(nn.Module):
             return F.normalize(features, dim=1) @ weight.to(features.dtype).T / self.temperature
 
 
-_HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "weight_norm": WeightNormHead, "cosine": CosineHead}
+_HEADS: dict[str, type[nn.Module]] = {
+    "linear": LinearHead,
+    "weight_norm": WeightNormHead,
+    "cosine": CosineHead,
+}
 
 
 def make_head(kind: str, in_features: int, num_classes: int, **arguments: float) -> nn.Module:
@@ -124,10 +129,10 @@ def make_head(kind: str, in_features: int, num_classes: int, **arguments: float)
 
 
 class DomainDiscriminator(nn.Module):
-    """Tells domains apart: ``layers`` times Linear-BatchNorm-ReLU, then Linear to logits ``[B, out_features]``.
+    """Tells domains apart: ``layers`` times Linear-BatchNorm-ReLU, then Linear to ``out_features`` logits.
 
-    Two layers of 1024 are those of DANN and CDAN on Office data. With BatchNorm, give source and target in one
-    concatenated batch: statistics of a single domain would give the domain away.
+    Two layers of 1024 are those of DANN and CDAN on Office data. With BatchNorm, give source and target in
+    one concatenated batch: statistics of a single domain would give the domain away.
     """
 
     def __init__(
@@ -143,7 +148,11 @@ class DomainDiscriminator(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         net: list[nn.Module] = []
         for _ in range(layers):
-            net += [nn.Linear(in_features, hidden), *([nn.BatchNorm1d(hidden)] if batch_norm else []), nn.ReLU()]
+            net += [
+                nn.Linear(in_features, hidden),
+                *([nn.BatchNorm1d(hidden)] if batch_norm else []),
+                nn.ReLU(),
+            ]
             if dropout:
                 net.append(nn.Dropout(dropout))
             in_features = hidden

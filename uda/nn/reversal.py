@@ -40,9 +40,9 @@ def warm_start(progress: float, gamma: float = 10.0, low: float = 0.0, high: flo
 
 
 def warm_start_iterations(iteration: int, alpha: float = 1.0, max_iters: int = 1000) -> float:
-    """The same ramp by optimiser steps, ``2 / (1 + exp(-alpha i / max_iters)) - 1``, as common re-implementations do.
+    """Ramp by optimiser steps, ``2 / (1 + exp(-alpha i / max_iters)) - 1``, as common re-implementations do.
 
-    Not the same curve as :func:`warm_start`: with the defaults 0.46 at step 1000 and 0.96 at step 4000, however
-    long the training is.
+    Not the same curve as :func:`warm_start`: with the defaults 0.46 at step 1000 and 0.96 at step 4000,
+    however long the training is.
     """
     return warm_start(iteration / max_iters, gamma=alpha)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import uda
-from uda.losses import entropy_weights, outer_product, randomised_product
+from uda.losses import RandomisedMap, entropy_weights, outer_product
 from uda_adversarial.adversary import Adversary
 
 
@@ -45,6 +44,7 @@ class CDAN(Adversary):
         super().__init__(weight, gamma, reversal, hidden, layers, batch_norm, dropout, lr_scale)
         self.entropy, self.max_width, self.random_width = entropy, max_width, random_width
         self.randomised = False
+        self.random_map: RandomisedMap | None = None
 
     def input_size(self, model: uda.UDA) -> int:
         """Width of the (randomised) product."""
@@ -54,19 +54,16 @@ class CDAN(Adversary):
 
     @uda.hookimpl
     def build(self, model: uda.UDA) -> None:
-        """Discriminator, and the two fixed random maps where the outer product is too wide."""
+        """Discriminator, and the fixed random map where the outer product is too wide."""
         Adversary.build(self, model)
-        if self.randomised and not hasattr(self, "map_features"):
-            # equal on all ranks and after a resume: drawn from a fixed seed and kept in the checkpoint
-            draw = torch.Generator().manual_seed(model.base_seed)
-            for name, size in (("map_features", model.feature_dim), ("map_classes", model.num_classes)):
-                self.register_buffer(name, torch.randn(size, self.random_width, generator=draw))
+        if self.randomised and self.random_map is None:
+            self.random_map = RandomisedMap(model.feature_dim, model.num_classes, self.random_width, model.base_seed)
 
     def joint(self, features: Tensor, logits: Tensor) -> Tensor:
         """What the discriminator sees, from features ``[B, F]`` and logits ``[B, C]``."""
         probs = logits.detach().float().softmax(1)
         if self.randomised:
-            return randomised_product(features, probs, self.map_features, self.map_classes)
+            return self.random_map(features, probs)
         return outer_product(features, probs)
 
     @uda.hookimpl
