@@ -11,9 +11,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from uda.errors import UDAError, nearest
-from uda.nn.backbones import Backbone, make_backbone
+from uda.nn.backbones import Backbone
+from uda.nn.factory import make_backbone
 
 Role = Literal["source", "target", "held_out", "joint"]
 
@@ -133,6 +135,11 @@ class PerDomain(Backbone):
         if not backbones:
             raise UDAError("PerDomain needs at least one backbone, such as {'source': ..., 'target': ...}.")
         self.backbones = nn.ModuleDict({_key(k): make_backbone(b) for k, b in backbones.items()})
+        for key, backbone in self.backbones.items():
+            if any(
+                is_lazy(p) for p in backbone.parameters()
+            ):  # the dry forward that sizes nets sees one domain
+                raise UDAError(f"PerDomain: give the backbone of {key!r} its in_features.")
         sizes = {k: getattr(b, "out_features", None) for k, b in self.backbones.items()}
         if len(known := {s for s in sizes.values() if s is not None}) > 1:
             raise UDAError(
