@@ -1,0 +1,400 @@
+"""The data module: source and target batches for training, every domain for evaluation."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+
+from uda.data.checks import check_batches, check_domains, check_settings, check_shapes
+from uda.data.classes import ClassSplit
+from uda.data.domains import DomainData
+from uda.data.loaders import BadImageLog, BatchDataset, Request, ShardedLoader, StreamLoader
+from uda.data.needs import needs_of
+from uda.data.pools import DomainPools, Pool, Task, make_task
+from uda.data.readers import Reader
+from uda.data.samplers import ClassBalancedStream, UniformStream
+from uda.data.splits import split_by_index
+from uda.data.views import ImageViews, Views
+from uda.errors import UDAError
+
+
+class DataModule(L.LightningDataModule):
+    """Domains of one task, as endless training batches and as evaluation passes.
+
+    Training batches are ``{"sources": {name: batch}, "target": batch, "held_out": batch}``, absent where the model
+    does not need them. A batch is ``{"x": [B, ...], "index": int64 [B]}``, ``weak`` and ``strong`` where a plugin asks
+    for them, and ``y`` (int64 [B]) on sources **only**: target batches come from an object that holds no labels.
+    ``index`` is the position in the domain's training pool. Evaluation batches are ``{"x", "y", "index"}`` with
+    ``y = -1`` where there is no label and ``y = num_classes`` for unknown classes.
+
+    The order is a function of (seed, domain, step): independent of workers, resumable in mid-epoch, and of the target
+    labels it knows nothing. See :mod:`uda.data.samplers`.
+
+    Args:
+        reader: where domains come from.
+        source: name of the source domain, or several; None: source-free.
+        target: name of the target domain.
+        batch_size: images of each source, a step and process.
+        target_batch_size: of the target; None: ``batch_size``.
+        eval_batch_size: in evaluation.
+        epoch_steps: steps an epoch; None: as many as the longest domain needs for one pass.
+        source_val_fraction: held back from source training, the same share of each class, to measure source
+            accuracy; 0: the source is evaluated on its training images.
+        target_test_fraction: held back from the target; 0 is the field's transductive protocol, evaluation on the
+            same unlabelled images that the model adapts to.
+        held_out_fraction: share of the target's pool for ``held_out`` batches, if a plugin needs them; those images
+            are then in no target batch.
+        classes: class names by where they occur; None: the closed set.
+        allow_missing_classes: let a domain lack classes of the closed set.
+        heterogeneous: let domains differ in input shape.
+        views: the transforms; None: by kind of input.
+        sampling: of the sources; ``class_balanced`` draws every class equally often.
+        on_bad_image: ``stop`` with an error that names the file, or ``skip`` it for another and report the number.
+        num_workers: worker processes of each domain's loader.
+        pin_memory: None: if the accelerator is a CUDA device.
+        seed: of order and augmentation; None: that of ``seed_everything``, else 0.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        source: str | list[str] | None,
+        target: str,
+        batch_size: int = 32,
+        target_batch_size: int | None = None,
+        eval_batch_size: int = 256,
+        epoch_steps: int | None = None,
+        source_val_fraction: float = 0.1,
+        target_test_fraction: float = 0.0,
+        held_out_fraction: float = 0.1,
+        classes: ClassSplit | dict | None = None,
+        allow_missing_classes: bool = False,
+        heterogeneous: bool = False,
+        views: Views | None = None,
+        sampling: Literal["uniform", "class_balanced"] = "uniform",
+        on_bad_image: Literal["stop", "skip"] = "stop",
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.reader = reader
+        self.source_names: list[str] = [source] if isinstance(source, str) else list(source or [])
+        self.target_name = target
+        self.batch_size, self.target_batch_size = batch_size, target_batch_size
+        self.eval_batch_size, self.epoch_steps = eval_batch_size, epoch_steps
+        self.source_val_fraction, self.target_test_fraction = source_val_fraction, target_test_fraction
+        self.held_out_fraction = held_out_fraction
+        self.classes = _as_split(classes)
+        self.allow_missing_classes, self.heterogeneous = allow_missing_classes, heterogeneous
+        self.views, self.sampling, self.on_bad_image = views, sampling, on_bad_image
+        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self._seed = seed
+        self._task: Task | None = None
+        self._shapes: dict[str, tuple[int, ...]] | None = None
+        self._log = BadImageLog()
+        check_settings(
+            {
+                "batch_size": batch_size,
+                "target_batch_size": target_batch_size,
+                "eval_batch_size": eval_batch_size,
+                "epoch_steps": epoch_steps,
+            },
+            {
+                "source_val_fraction": source_val_fraction,
+                "target_test_fraction": target_test_fraction,
+                "held_out_fraction": held_out_fraction,
+            },
+            {
+                "sampling": (sampling, ("uniform", "class_balanced")),
+                "on_bad_image": (on_bad_image, ("stop", "skip")),
+            },
+        )
+
+    @classmethod
+    def from_datasets(cls, source: Any, target: Any, **kwargs: Any) -> DataModule:
+        """Data module over torch datasets that give ``(x, y)`` or ``x``.
+
+        Args:
+            source: a dataset, or ``{name: dataset}`` for several sources, or None.
+            target: a dataset; its labels are used in evaluation only.
+            **kwargs: of the data module.
+        """
+        from uda.data.torch_datasets import Datasets
+
+        sources = source if isinstance(source, dict) else {} if source is None else {"source": source}
+        reader = Datasets(**sources, target=target)
+        return cls(reader, source=list(sources) or None, target="target", **kwargs)
+
+    # --- what is known once the domains are read -----------------------------------------------------------------
+
+    @property
+    def seed(self) -> int:
+        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
+
+    @property
+    def task(self) -> Task:
+        """Domains, pools and label space; read when first asked for."""
+        if self._task is None:
+            check_domains(self.reader, self.source_names, self.target_name)
+            self._task = make_task(
+                [self.reader.read(name) for name in self.source_names],
+                self.reader.read(self.target_name),
+                self.classes,
+                self.allow_missing_classes,
+                self.source_val_fraction,
+                self.target_test_fraction,
+                self.seed,
+            )
+        return self._task
+
+    @property
+    def num_classes(self) -> int:
+        """Number of known classes (unknown is none of them)."""
+        return len(self.task.space.class_names)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Known class names in id order."""
+        return list(self.task.space.class_names)
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one input of each domain after the test view."""
+        if self._shapes is None:
+            shapes = {}
+            for pools in self.task.all():
+                dataset = self._dataset(pools, pools.train, {"x": "test"})
+                shapes[pools.name] = tuple(dataset[Request(np.zeros(1, dtype=np.int64), 0)]["x"].shape[1:])
+            check_shapes(shapes, self.heterogeneous)
+            self._shapes = shapes
+        return dict(self._shapes)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input after the test view; of the first source where domains differ."""
+        return next(iter(self.input_shapes.values()))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of images in each domain's training pool; the target's includes what may be held out."""
+        return {p.name: len(p.train) for p in self.task.all()}
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What a model must know of the data, in plain types."""
+        return {
+            "num_classes": self.num_classes,
+            "class_names": self.class_names,
+            "input_shape": list(self.input_shape),
+            "sizes": self.sizes,
+            "source_names": list(self.source_names),
+            "target_name": self.target_name,
+        }
+
+    def ids(self, domain: str) -> list[str]:
+        """Name of each row (path or number) of a domain's evaluation pool, in the order of ``index``."""
+        pools = self.task[domain]
+        return [pools.data.row_id(int(row)) for row in pools.eval.rows]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the domains and check everything that can be checked without a step."""
+        self.task  # noqa: B018
+        self.input_shapes  # noqa: B018
+        if stage in (None, "fit"):
+            check_batches(self.task, self.batch_size, self._target_batch, self._world)
+
+    # --- training --------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> CombinedLoader:
+        """Endless streams of what the model needs, ``epoch_steps`` batches an epoch."""
+        needs = needs_of(self.trainer)
+        check_batches(self.task, self.batch_size, self._target_batch, self._world)
+        sources = self.task.sources if needs.source else []
+        target = self.task.target
+        members: dict[str, np.ndarray | int] = {"target": len(target.train)}
+        if needs.held_out:
+            if not self.held_out_fraction:
+                raise UDAError("a plugin needs held-out target batches: set data.held_out_fraction above 0")
+            members["target"], members["held_out"] = split_by_index(
+                len(target.train), self.held_out_fraction, self.seed, target.name, "held_out"
+            )
+        steps = self.epoch_steps or self._steps([*sources, *([target] if needs.target else [])])
+        loaders: dict[str, Any] = {}
+        if sources:
+            balanced = self.sampling == "class_balanced" or needs.class_balanced
+            loaders["sources"] = {p.name: self._source_loader(p, steps, needs.source_views, balanced) for p in sources}
+        for role in ("target", "held_out") if needs.held_out else ("target",):
+            if role == "held_out" or needs.target:
+                stream = UniformStream(members[role], self.seed, f"{role}/{target.name}")
+                wanted = {"x": "train", **{v: v for v in sorted(needs.views)}}
+                dataset = self._dataset(target, target.train, wanted)
+                loaders[role] = self._stream_loader(dataset, stream, self._target_batch, steps, target.name)
+        if not loaders:
+            raise UDAError(
+                "nothing to train on: the model needs "
+                + ("a source, but data.source is empty" if needs.source else "neither source nor target batches")
+            )
+        return CombinedLoader(loaders, mode="min_size")
+
+    def _source_loader(self, pools: DomainPools, steps: int, views: frozenset[str], balanced: bool) -> StreamLoader:
+        name = f"source/{pools.name}"
+        labels = pools.train.labels
+        stream = (
+            ClassBalancedStream(labels.numpy(), self.seed, name)
+            if balanced
+            else UniformStream(len(labels), self.seed, name)
+        )
+        wanted = {"x": "train", **{v: v for v in sorted(views)}}
+        dataset = self._dataset(pools, pools.train, wanted, labelled=True)
+        return self._stream_loader(dataset, stream, self.batch_size, steps, pools.name)
+
+    def _stream_loader(self, dataset: BatchDataset, stream: Any, batch_size: int, steps: int, name: str) -> StreamLoader:
+        return StreamLoader(
+            dataset,
+            stream,
+            batch_size,
+            steps,
+            self.seed,
+            name,
+            self._rank,
+            self._world,
+            self._batches_done,
+            self._log,
+            self.num_workers,
+            self._pin,
+        )
+
+    def _steps(self, domains: list[DomainPools]) -> int:
+        batch = {True: self._target_batch * self._world, False: self.batch_size * self._world}
+        return max([-(-len(p.train) // batch[p.is_target]) for p in domains], default=1)
+
+    def _batches_done(self) -> int:
+        """Training batches behind the run, over all epochs.
+
+        ``processed`` is right whether a checkpoint was written after a batch, in validation, at an epoch's end or by
+        a signal within a step; the trainer's counters are restored before it asks the loaders for an iterator.
+        """
+        if self.trainer is None:
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    # --- evaluation ------------------------------------------------------------------------------------------
+
+    def eval_domains(self, stage: str = "val") -> list[str]:
+        """Domain of each evaluation loader: sources, then the target; ``predict``: the target alone."""
+        return [p.name for p in self._evaluated(stage)]
+
+    def eval_is_target(self, stage: str = "val") -> list[bool]:
+        """Whether each evaluation loader is the target's, in the same order."""
+        return [p.is_target for p in self._evaluated(stage)]
+
+    def val_dataloader(self) -> list[ShardedLoader]:
+        return self._eval_loaders("val")
+
+    def test_dataloader(self) -> list[ShardedLoader]:
+        return self._eval_loaders("test")
+
+    def predict_dataloader(self) -> list[ShardedLoader]:
+        return self._eval_loaders("predict")
+
+    def pool_dataloader(self, domain: str) -> ShardedLoader:
+        """One pass over a domain's whole training pool in index order, test view; ``y`` for sources only."""
+        pools = self.task[domain]
+        return self._sharded(pools, pools.train, labelled=not pools.is_target)
+
+    def pool_is_eval(self, domain: str) -> bool:
+        """Whether the evaluation loader of a domain walks its training pool, with the same indices."""
+        pools = self.task[domain]
+        return pools.eval is pools.train
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Report images that were skipped since the last epoch's end."""
+        for name in list(self._log.paths):
+            self._log.report(name)
+
+    def _evaluated(self, stage: str) -> list[DomainPools]:
+        if stage not in ("val", "validate", "test", "predict"):
+            raise UDAError(f"stage {stage!r} has no evaluation loaders; use val, test or predict")
+        return [self.task.target] if stage == "predict" else self.task.all()
+
+    def _eval_loaders(self, stage: str) -> list[ShardedLoader]:
+        return [self._sharded(p, p.eval, labelled=True) for p in self._evaluated(stage)]
+
+    def _sharded(self, pools: DomainPools, pool: Pool, labelled: bool) -> ShardedLoader:
+        dataset = self._dataset(pools, pool, {"x": "test"}, labelled, replace_index=False)
+        return ShardedLoader(
+            dataset, self.eval_batch_size, pools.name, self._rank, self._world, self._log, self.num_workers, self._pin
+        )
+
+    # --- shared ----------------------------------------------------------------------------------------------
+
+    def _dataset(
+        self,
+        pools: DomainPools,
+        pool: Pool,
+        wanted: dict[str, str],
+        labelled: bool = False,
+        replace_index: bool = True,
+    ) -> BatchDataset:
+        labels = pool.labels if labelled else None
+        return BatchDataset(
+            pools.data.inputs, pool.rows, self._views(), wanted, labels, self.on_bad_image, replace_index
+        )
+
+    def _views(self) -> Views:
+        if self.views is None:
+            self.views = default_views([p.data for p in self.task.all()])
+        return self.views
+
+    @property
+    def _target_batch(self) -> int:
+        return self.target_batch_size or self.batch_size
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    @property
+    def _pin(self) -> bool:
+        if self.pin_memory is not None:
+            return self.pin_memory
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+
+def default_views(domains: list[DomainData]) -> Views:
+    """Views by kind of input: photographs, small image arrays (brought to one size) or features."""
+    from uda.data.tensor_views import FeatureViews, TensorViews
+
+    kinds = {d.inputs.kind for d in domains}
+    if len(kinds) > 1:
+        raise UDAError(f"domains are of different kinds ({', '.join(sorted(kinds))}); set data.views to bring them together")
+    kind = kinds.pop()
+    if kind == "files":
+        return ImageViews()
+    if kind == "features":
+        return FeatureViews()
+    shapes = [d.inputs.fetch(torch.zeros(1, dtype=torch.int64))[0].shape for d in domains]
+    if len(set(shapes)) == 1:
+        return TensorViews()
+    return TensorViews(size=max(max(s[1:]) for s in shapes), channels=3 if any(s[0] == 3 for s in shapes) else 1)
+
+
+def _as_split(classes: ClassSplit | dict | None) -> ClassSplit | None:
+    if classes is None or isinstance(classes, ClassSplit):
+        return classes
+    unknown = set(classes) - {"known", "source_private", "target_private"}
+    if unknown or "known" not in classes:
+        raise UDAError(
+            f"data.classes takes known, source_private and target_private (known is needed), not {sorted(classes)}"
+        )
+    return ClassSplit(**classes)

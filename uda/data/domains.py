@@ -1,0 +1,171 @@
+"""What a reader hands over: a domain's inputs and, where there are any, its labels."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import LongTensor, Tensor
+
+from uda.errors import UDAError
+
+Kind = Literal["files", "images", "features"]
+
+
+class BadImage(UDAError):
+    """A file that cannot be read as an image; ``path`` names it."""
+
+    # One text is argument enough: a loader's worker process hands the error on as type and message.
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class Inputs(ABC):
+    """The inputs of a domain by row number. It never holds labels.
+
+    ``kind`` says what :meth:`fetch` gives: a list of PIL images for ``files``, a tensor batch otherwise.
+    """
+
+    kind: Kind = "images"
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def fetch(self, rows: Tensor) -> Tensor | list[Any]:
+        """Inputs at ``rows`` (int64 [B]): float32 tensor [B, ...] or a list of B images."""
+
+    def order(self) -> np.ndarray | None:
+        """Row order that depends on contents only, never on where a label put a row; None where rows have one."""
+        return None
+
+
+class TensorInputs(Inputs):
+    """Rows of one tensor; uint8 images are kept as they are and scaled to [0, 1] when fetched.
+
+    Args:
+        x: images [N, C, H, W] (uint8, or float in [0, 1]) or features [N, ...].
+        kind: ``images`` or ``features``.
+    """
+
+    def __init__(self, x: Tensor, kind: Kind = "images") -> None:
+        self.x, self.kind = x, kind
+        self.scale = 255.0 if kind == "images" and x.dtype == torch.uint8 else None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        batch = self.x[rows].float()
+        return batch.div_(self.scale) if self.scale else batch
+
+
+class FileInputs(Inputs):
+    """Images by path, decoded as RGB when fetched."""
+
+    kind: Kind = "files"
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        # One block of fixed-width strings: forked workers share it, a list of str would be copied page by page.
+        self.paths = np.asarray(paths, dtype=np.str_)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, row: int) -> Any:
+        """PIL RGB image of one row.
+
+        Raises:
+            BadImage: when the file is missing, empty, cut short or no image.
+        """
+        from PIL import Image
+
+        path = str(self.paths[row])
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except Exception as e:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... on broken files
+            raise BadImage(
+                f"cannot read image {path!r}: {type(e).__name__}: {e}. "
+                "Repair or remove the file, or set on_bad_image: skip",
+                path,
+            ) from e
+
+    def fetch(self, rows: Tensor) -> list[Any]:
+        return [self.load(int(r)) for r in rows]
+
+    def order(self) -> np.ndarray:
+        """By file size, then by content on equal sizes: moving files among class folders changes nothing."""
+        try:
+            sizes = np.array([os.stat(p).st_size for p in self.paths], dtype=np.int64)
+        except OSError as e:
+            raise UDAError(f"image file is listed but cannot be found: {e}") from e
+        order = np.argsort(sizes, kind="stable")
+        return _by_content(order, sizes, self.paths)
+
+
+def _by_content(order: np.ndarray, sizes: np.ndarray, paths: np.ndarray) -> np.ndarray:
+    """Break ties of size by a hash of 4 KiB from the middle, and what is left by a hash of the whole file."""
+    out = order.copy()
+    for start, stop in _runs(sizes[order]):
+        group = out[start:stop]
+        keys = [_digest(paths[i], int(sizes[i]), 4096) for i in group]
+        if len(set(keys)) < len(keys):
+            keys = [k + _digest(paths[i], int(sizes[i]), None) for k, i in zip(keys, group, strict=True)]
+        out[start:stop] = group[sorted(range(len(keys)), key=keys.__getitem__)]
+    return out
+
+
+def _runs(values: np.ndarray) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(values)) + 1
+    bounds = np.concatenate([[0], edges, [len(values)]])
+    return [(int(a), int(b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b - a > 1]
+
+
+def _digest(path: str, size: int, length: int | None) -> bytes:
+    with open(path, "rb") as file:
+        if length is None:
+            return hashlib.file_digest(file, "blake2b").digest()
+        file.seek(max(0, size // 2 - length // 2))
+        return hashlib.blake2b(file.read(length), digest_size=16).digest()
+
+
+@dataclass
+class DomainData:
+    """One domain as read.
+
+    Args:
+        name: of the domain.
+        inputs: rows without labels.
+        labels: int64 [N], ids into ``class_names``, or None for an unlabelled domain.
+        class_names: of this domain, in its own order.
+        ids: a name for each row, for predictions: path or ``domain/row``. Empty: made from the row number.
+    """
+
+    name: str
+    inputs: Inputs
+    labels: LongTensor | None
+    class_names: list[str]
+    ids: Sequence[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) == 0:
+            raise UDAError(f"domain {self.name!r} is empty: there is nothing to read in it")
+        if self.labels is not None and len(self.labels) != len(self.inputs):
+            raise UDAError(
+                f"domain {self.name!r} has {len(self.inputs)} inputs but {len(self.labels)} labels; "
+                "x and y must have equally many rows"
+            )
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def row_id(self, row: int) -> str:
+        return str(self.ids[row]) if len(self.ids) else f"{self.name}/{row}"

@@ -1,0 +1,261 @@
+"""Loaders: batches by request, endless for training and sharded for evaluation.
+
+Neither loader is a ``torch.utils.data.DataLoader``: Lightning leaves them alone, so that no sampler of its own
+replaces the order here. Inside, a DataLoader runs the workers; its "index" is a whole batch request.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Generator, LongTensor
+from torch.utils.data import DataLoader, Dataset
+
+from uda.data.domains import BadImage, Inputs
+from uda.data.samplers import ClassBalancedStream, UniformStream, derive_seed, rank_slice, shard
+from uda.data.views import Views
+
+Batch = dict[str, Any]
+
+
+class Request(NamedTuple):
+    """One batch: positions in the pool and the seed of its augmentation."""
+
+    positions: np.ndarray
+    seed: int
+
+
+class BatchDataset(Dataset):
+    """Gives the batch for a request.
+
+    Args:
+        inputs: of the domain; they hold no labels.
+        rows: row of ``inputs`` at each pool position, int64 [N].
+        views: the transforms.
+        wanted: view behind each key of the batch, ``{"x": "train", "weak": "weak"}``.
+        labels: int64 [N] by pool position; None: batches carry no ``y`` and the object holds none.
+        on_bad_image: ``skip`` takes the next readable image instead.
+        replace_index: a replacement counts as itself (training); else the batch keeps the index asked for and its
+            ``y`` becomes -1 (evaluation).
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        rows: np.ndarray,
+        views: Views,
+        wanted: dict[str, str],
+        labels: LongTensor | None = None,
+        on_bad_image: Literal["stop", "skip"] = "stop",
+        replace_index: bool = True,
+    ) -> None:
+        self.inputs, self.views, self.wanted, self.labels = inputs, views, wanted, labels
+        self.rows = torch.as_tensor(rows, dtype=torch.int64)
+        self.on_bad_image, self.replace_index = on_bad_image, replace_index
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, request: Request) -> Batch:
+        index = torch.as_tensor(request.positions, dtype=torch.int64)
+        bad: list[tuple[int, str]] = []
+        if self.on_bad_image == "skip":
+            raw, shown, bad = self._fetch_good(index)
+        else:
+            raw, shown = self.inputs.fetch(self.rows[index]), index
+        batch: Batch = {key: self.views.apply(raw, view, request.seed) for key, view in self.wanted.items()}
+        batch["index"] = shown if self.replace_index else index
+        if self.labels is not None:
+            batch["y"] = self.labels[batch["index"]]
+            if bad and not self.replace_index:
+                batch["y"][[i for i, _ in bad]] = -1
+        if bad:
+            batch["bad"] = [path for _, path in bad]
+        return batch
+
+    def _fetch_good(self, index: LongTensor) -> tuple[Any, LongTensor, list[tuple[int, str]]]:
+        try:
+            return self.inputs.fetch(self.rows[index]), index, []
+        except BadImage:
+            pass
+        raw, shown, bad = [], index.clone(), []
+        for i, position in enumerate(index.tolist()):
+            for attempt in range(len(self.rows)):
+                position_now = (position + attempt) % len(self.rows)
+                try:
+                    raw += self.inputs.fetch(self.rows[position_now : position_now + 1])
+                    shown[i] = position_now
+                    break
+                except BadImage as e:
+                    if attempt == 0:
+                        bad.append((i, e.path))
+            else:
+                raise BadImage(f"none of the {len(self.rows)} images can be read; the first is {bad[0][1]!r}", bad[0][1])
+        return raw, shown, bad
+
+
+class BadImageLog:
+    """Unreadable images that were skipped, by domain, until they are reported."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, set[str]] = {}
+        self.total: dict[str, int] = {}
+
+    def add(self, domain: str, paths: list[str]) -> None:
+        self.paths.setdefault(domain, set()).update(paths)
+        self.total[domain] = self.total.get(domain, 0) + len(paths)
+
+    def report(self, domain: str) -> None:
+        """Warn once about what was skipped since the last report."""
+        paths, total = self.paths.pop(domain, set()), self.total.pop(domain, 0)
+        if paths:
+            shown = ", ".join(sorted(paths)[:3]) + (", ..." if len(paths) > 3 else "")
+            warnings.warn(
+                f"domain {domain!r}: {len(paths)} unreadable image(s) were replaced {total} time(s): {shown}",
+                stacklevel=2,
+            )
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+class _Requests:
+    """The DataLoader's sampler: hands out the iterator that was last put in."""
+
+    def __init__(self) -> None:
+        self.requests: Iterator[Request] = iter(())
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.requests
+
+
+class _Loader:
+    """A DataLoader over requests, with the skipped images taken out of its batches and reported."""
+
+    def __init__(self, dataset: BatchDataset, name: str, log: BadImageLog, workers: int, pin: bool, keep: bool) -> None:
+        self.dataset, self.name, self.log = dataset, name, log
+        self._requests = _Requests()
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=workers,
+            pin_memory=pin,
+            collate_fn=_as_is,
+            persistent_workers=keep and workers > 0,
+            generator=Generator(),  # of its own: iterating must not draw from the run's random numbers
+        )
+
+    def _iterate(self, requests: Iterator[Request], length: int) -> Iterator[Batch]:
+        self.log.report(self.name)  # what an epoch that was cut short left behind
+        self._requests.requests = requests
+        for number, batch in enumerate(self._loader, 1):
+            if "bad" in batch:
+                self.log.add(self.name, batch.pop("bad"))
+            if number == length:
+                self.log.report(self.name)
+            yield batch
+
+
+class StreamLoader(_Loader):
+    """``steps`` batches an epoch from an endless stream, starting where the run stands.
+
+    Args:
+        dataset: gives the batches.
+        stream: order of the pool.
+        batch_size: rows a rank and step.
+        steps: batches an epoch.
+        seed: of the run; the augmentation of a batch is a function of (seed, name, step, rank).
+        name: of the domain.
+        rank, world: of this process, and how many there are.
+        done: gives the number of training batches that the run has behind it, asked when an epoch starts.
+        log: of skipped images.
+        workers, pin: of the DataLoader.
+    """
+
+    def __init__(
+        self,
+        dataset: BatchDataset,
+        stream: UniformStream | ClassBalancedStream,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        name: str,
+        rank: int = 0,
+        world: int = 1,
+        done: Callable[[], int] = lambda: 0,
+        log: BadImageLog | None = None,
+        workers: int = 0,
+        pin: bool = False,
+    ) -> None:
+        super().__init__(dataset, name, log or BadImageLog(), workers, pin, keep=True)
+        self.stream, self.batch_size, self.steps, self.seed = stream, batch_size, steps, seed
+        self.rank, self.world, self._done = rank, world, done
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def request(self, step: int) -> Request:
+        """What this rank trains on at a step, counted from the start of the run."""
+        positions = self.stream.take(*rank_slice(step, self.batch_size, self.rank, self.world))
+        return Request(positions, derive_seed(self.seed, self.stream.name, "augment", step, self.rank))
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A resumed epoch asks for less than ``steps``; the trainer stops by its own count, so more does no harm.
+        first = self._done()
+        return self._iterate((self.request(first + i) for i in range(self.steps)), self.steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order depends on. There is no position in it: that is the trainer's batch count."""
+        return {
+            "domain": self.name,
+            "seed": self.seed,
+            "global_batch": self.batch_size * self.world,
+            "size": len(self.stream),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Warn when a resumed run will not see the order that the interrupted one would have seen."""
+        now = self.state_dict()
+        changed = [f"{k} {state[k]!r} -> {now[k]!r}" for k in now if k in state and state[k] != now[k]]
+        if changed:
+            warnings.warn(
+                f"resumed with other data settings ({'; '.join(changed)}): the order of samples differs from here on",
+                stacklevel=2,
+            )
+
+
+class ShardedLoader(_Loader):
+    """One pass over a pool in index order, split over ranks: rank r has indices r, r + W, ...
+
+    All ranks have equally many batches; a rank that is one row short has index 0 at its end. Drop such rows with
+    :func:`uda.data.valid_rows` before counting.
+
+    Args: as for :class:`StreamLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: BatchDataset,
+        batch_size: int,
+        name: str,
+        rank: int = 0,
+        world: int = 1,
+        log: BadImageLog | None = None,
+        workers: int = 0,
+        pin: bool = False,
+    ) -> None:
+        super().__init__(dataset, name, log or BadImageLog(), workers, pin, keep=False)
+        self.batch_size, self.positions = batch_size, shard(len(dataset), rank, world)
+
+    def __len__(self) -> int:
+        return -(-len(self.positions) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        starts = range(0, len(self.positions), self.batch_size)
+        return self._iterate((Request(self.positions[s : s + self.batch_size], 0) for s in starts), len(self))

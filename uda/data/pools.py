@@ -1,0 +1,111 @@
+"""Pools: which rows of the domains a task trains on and evaluates on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import LongTensor
+
+from uda.data.classes import ClassSplit, LabelSpace, label_space
+from uda.data.domains import DomainData
+from uda.data.splits import split_by_class, split_by_index
+from uda.errors import UDAError
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rows of a domain in pool order.
+
+    Args:
+        rows: row of the domain at each pool position, int64 [N].
+        labels: class id at each pool position, int64 [N] (-1: none, C: unknown).
+    """
+
+    rows: np.ndarray
+    labels: LongTensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class DomainPools:
+    """A domain's training pool and evaluation pool; they are one object where both are the same images."""
+
+    data: DomainData
+    is_target: bool
+    train: Pool
+    eval: Pool
+
+    @property
+    def name(self) -> str:
+        return self.data.name
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything that is known once the domains are read."""
+
+    space: LabelSpace
+    sources: list[DomainPools]
+    target: DomainPools
+
+    def all(self) -> list[DomainPools]:
+        return [*self.sources, self.target]
+
+    def __getitem__(self, name: str) -> DomainPools:
+        for pools in self.all():
+            if pools.name == name:
+                return pools
+        raise UDAError(f"domain {name!r} takes no part in this run, which has {[p.name for p in self.all()]}")
+
+
+def _pool(rows: np.ndarray, ids: np.ndarray) -> Pool:
+    return Pool(rows, torch.from_numpy(ids[rows]))
+
+
+def source_pools(data: DomainData, space: LabelSpace, fraction: float, seed: int) -> DomainPools:
+    """Stratified training and evaluation pools of a source; with fraction 0 it is evaluated on its training pool."""
+    ids, rows = space.ids(data), space.source_rows(data)
+    if not len(rows):
+        raise UDAError(f"source domain {data.name!r} has no image of a known or source-private class")
+    keep, back = split_by_class(ids[rows], fraction, seed, data.name)
+    train = _pool(rows[keep], ids)
+    return DomainPools(data, False, train, _pool(rows[back], ids) if len(back) else train)
+
+
+def target_pools(
+    data: DomainData, space: LabelSpace, split: ClassSplit | None, fraction: float, seed: int
+) -> DomainPools:
+    """Pools of the target in an order that labels cannot change; with fraction 0 both are one (transductive)."""
+    ids, rows = space.ids(data), space.target_rows(data, split.source_private if split else ())
+    if not len(rows):
+        raise UDAError(f"target domain {data.name!r} has no image of a known or target-private class")
+    order = data.inputs.order()
+    if order is not None:
+        rows = order[np.isin(order, rows)] if len(rows) < len(order) else order
+    if not fraction:
+        pool = _pool(rows, ids)
+        return DomainPools(data, True, pool, pool)
+    keep, back = split_by_index(len(rows), fraction, seed, data.name, "test")
+    return DomainPools(data, True, _pool(rows[keep], ids), _pool(rows[back], ids))
+
+
+def make_task(
+    sources: list[DomainData],
+    target: DomainData,
+    split: ClassSplit | None,
+    allow_missing: bool,
+    source_val_fraction: float,
+    target_test_fraction: float,
+    seed: int,
+) -> Task:
+    """Check the label space and draw the splits."""
+    space = label_space(sources, target, split, allow_missing)
+    return Task(
+        space,
+        [source_pools(d, space, source_val_fraction, seed) for d in sources],
+        target_pools(target, space, split, target_test_fraction, seed),
+    )
