@@ -40,6 +40,8 @@ def gather_rows(tensor: Tensor, counts: Sequence[int] | None = None) -> Tensor:
     if _world_size() == 1:
         return tensor
     counts = counts or _row_counts(len(tensor), tensor.device)
+    if not any(counts):
+        return tensor
     sent = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor
     padded = sent.new_zeros(max(counts), *tensor.shape[1:])
     padded[: len(tensor)] = sent
