@@ -36,6 +36,7 @@ class Hooks:
     """
 
     def __init__(self, plugins: dict[str, Plugin]) -> None:
+        self.plugins = plugins
         self.manager = pluggy.PluginManager("uda")
         self.manager.add_hookspecs(hookspecs)
         for key, plugin in reversed(plugins.items()):  # pluggy calls the last registered first
@@ -51,6 +52,12 @@ class Hooks:
             ) from error
         self._calls = {hook: list(self._callers(hook)) for hook in HOOKS}
         self.profile: Callable[[str], AbstractContextManager] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"plugins": self.plugins}  # the manager is made anew around the copied plugins
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["plugins"])  # type: ignore[misc]
 
     def _check(self, key: str, plugin: Plugin) -> None:
         for name, member in inspect.getmembers_static(type(plugin)):

@@ -211,7 +211,7 @@ class UDA(EvaluationLoop):
         """Randomness is a function of (seed, step, rank), so that a resumed run repeats it; then refresh."""
         index = self.trainer.fit_loop.epoch_loop.total_batch_idx
         running.refresh_if_due(self, batch_idx, index)
-        running.seed_step(self.base_seed, index, self.global_rank)
+        running.seed_step(self.base_seed, index, self.global_rank, self.device)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """Hooks in the order prepare, align, pseudo-label, refine, weigh."""
