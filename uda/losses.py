@@ -13,16 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uda.errors import UDAError
+from uda.nn.precision import full, no_autocast
 
 Reduction = Literal["mean", "none"]
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def _full(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def classification_loss(
@@ -44,8 +37,8 @@ def classification_loss(
     """
     if y.ndim == 2 and y.shape != logits.shape:
         raise UDAError(f"Soft labels have shape {tuple(y.shape)} but the logits {tuple(logits.shape)}.")
-    with _no_autocast(logits):
-        logits = _full(logits)
+    with no_autocast(logits):
+        logits = full(logits)
         y = y.to(logits.dtype) if y.ndim == 2 else y.long()
         loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing, reduction="none")
         if weight is not None:
@@ -76,8 +69,8 @@ def _same_shape(weight: Tensor, loss: Tensor) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """Shannon entropy of the softmax in nats, ``[B, C] -> [B]``; from log-softmax, so no epsilon."""
-    with _no_autocast(logits):
-        log_p = _full(logits).log_softmax(1)
+    with no_autocast(logits):
+        log_p = full(logits).log_softmax(1)
         return -(log_p.exp() * log_p).sum(1)
 
 
@@ -92,8 +85,8 @@ def information_maximisation(logits: Tensor) -> Tensor:
     To be *maximised*: certain predictions that use all classes (Krause et al., 2010; SHOT: Liang et al.,
     2020, eq. 4 and 5). The loss is its negative.
     """
-    with _no_autocast(logits):
-        log_p = _full(logits).log_softmax(1)
+    with no_autocast(logits):
+        log_p = full(logits).log_softmax(1)
         log_mean = log_p.logsumexp(0) - torch.log(log_p.new_tensor(len(log_p)))
         return -(log_mean.exp() * log_mean).sum() + (log_p.exp() * log_p).sum(1).mean()
 
@@ -116,14 +109,14 @@ def domain_adversarial_loss(
     def half(logit: Tensor, label: float, weight: Tensor | None) -> Tensor:
         if logit.ndim > 1 and logit.shape[1:].numel() != 1:
             raise UDAError(f"A domain logit is one number a sample, not shape {tuple(logit.shape)}.")
-        logit = _full(logit).flatten()
+        logit = full(logit).flatten()
         loss = F.binary_cross_entropy_with_logits(logit, torch.full_like(logit, label), reduction="none")
         if weight is None:
             return loss.mean()
         weight = _same_shape(weight, loss)
         return (weight * loss).sum() / weight.sum().clamp_min(torch.finfo(loss.dtype).eps)
 
-    with _no_autocast(source_logit):
+    with no_autocast(source_logit):
         return (half(source_logit, 1.0, source_weight) + half(target_logit, 0.0, target_weight)) / 2
 
 
@@ -139,7 +132,7 @@ def entropy_weights(
     """
     if normalise not in ("domain", "none"):
         raise UDAError(f"Unknown normalisation {normalise!r} of the entropy weights: use 'domain' or 'none'.")
-    with _no_autocast(logits):
+    with no_autocast(logits):
         weight = 1 + torch.exp(-entropy(logits.detach() if detach else logits))
         return weight / weight.mean().detach() if normalise == "domain" else weight
 
@@ -184,8 +177,8 @@ def minimum_class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
     (constants), the confusion matrix ``p^T diag(w) p`` is normalised by rows, and the loss is the mean over
     classes of what lies off its diagonal. A class that no sample predicts at all adds nothing.
     """
-    with _no_autocast(logits):
-        scaled = _full(logits) / temperature
+    with no_autocast(logits):
+        scaled = full(logits) / temperature
         p = scaled.softmax(1)
         weight = entropy_weights(scaled)  # mean 1 over the batch, which is the paper's normalisation
         confusion = p.T @ (p * weight[:, None])

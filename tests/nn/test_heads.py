@@ -59,6 +59,7 @@ def test_cosine_head_value_and_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert head(x).dtype == torch.float32
         torch.testing.assert_close(head(x), expected)
+    assert CosineHead(8, 3).to("meta")(x.to("meta")).shape == (4, 3)  # a device without autocast
     with pytest.raises(UDAError, match="positive"):
         CosineHead(8, 3, temperature=0)
 

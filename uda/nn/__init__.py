@@ -18,6 +18,7 @@ _HOMES = {
     "ema": ("EMATeacher",),
     "factory": ("feature_size", "make_backbone"),
     "heads": ("Bottleneck", "CosineHead", "DomainDiscriminator", "LinearHead", "WeightNormHead", "make_head"),
+    "precision": ("full", "no_autocast"),
     "reversal": ("reverse_gradient", "warm_start", "warm_start_iterations"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

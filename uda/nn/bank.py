@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from uda.errors import UDAError, nearest
+from uda.nn.precision import no_autocast
 
 
 def _world_size() -> int:
@@ -138,7 +139,7 @@ class Bank(nn.Module):
         _check_index(index, self.size, "The bank")
         rows = _last_rows(index)
         at = index[rows]
-        with torch.autocast(device.type, enabled=False):
+        with no_autocast(self.filled):
             for name in self.names:  # one order on all ranks, whatever the order of the arguments
                 buffer = getattr(self, name)
                 new = gather_rows(values[name].to(device, torch.float32), counts)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uda.errors import UDAError, nearest
+from uda.nn.precision import no_autocast
 
 
 class Bottleneck(nn.Module):
@@ -104,7 +105,7 @@ class CosineHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """``[B, F] -> [B, C]``, at least float32."""
-        with torch.autocast(features.device.type, enabled=False):
+        with no_autocast(features):
             weight = self.weight_vectors
             features = features.to(torch.promote_types(features.dtype, weight.dtype))
             return F.normalize(features, dim=1) @ weight.to(features.dtype).T / self.temperature
