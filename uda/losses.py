@@ -1,7 +1,8 @@
 """Losses as pure functions. ``B`` samples, ``C`` classes, ``F`` features.
 
-All are computed in float32 (float64 for float64 inputs) with autocast off: logarithms of means and products
-of probabilities lose too much in half precision.
+The losses are computed in float32 (float64 for float64 inputs) with autocast off: logarithms of means and
+products of probabilities lose too much in half precision. The maps that join features and predictions follow
+the precision around them.
 """
 
 from __future__ import annotations
