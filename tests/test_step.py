@@ -1,0 +1,120 @@
+"""Lazy features: who is forwarded, when, and with which statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import uda
+
+
+class Count(nn.Module):
+    """A backbone that counts its forwards and the rows it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+        self.rows: list[int] = []
+
+    def forward(self, x):
+        self.rows.append(len(x))
+        return self.linear(x)
+
+
+def make(plugins=None, **options):
+    torch.manual_seed(0)
+    model = uda.UDA(
+        Count(), plugins=plugins, bottleneck=5, num_classes=3, input_shape=[4], source_names=["a", "b"], **options
+    )
+    model.backbone.rows.clear()
+    return model
+
+
+def data(sources=("a",), views=(), held_out=False):
+    g = torch.Generator().manual_seed(0)
+    out = {
+        "sources": {
+            n: {"x": torch.randn(8, 4, generator=g), "y": torch.randint(0, 3, (8,), generator=g)} for n in sources
+        },
+        "target": {"x": torch.randn(6, 4, generator=g), **{v: torch.randn(6, 4, generator=g) for v in views}},
+    }
+    if held_out:
+        out["held_out"] = {"x": torch.randn(5, 4, generator=g)}
+    return out
+
+
+def test_joint_forward_runs_once_for_all_domains():
+    model = make()
+    step = uda.Step(model, data(("a", "b"), held_out=True), 0.0, 0, 0)
+    assert step.source is step.sources["a"]
+    assert step.target.features.shape == (6, 5)
+    assert step.sources["b"].logits.shape == (8, 3)
+    assert model.backbone.rows == [22]
+    assert step.held_out.features.shape == (5, 5)
+    assert model.backbone.rows == [22, 5]  # no objective trains on it: it stays out of the common statistics
+    assert len(step.gate) == 1
+
+
+def test_separate_forward_uses_own_statistics():
+    batch = data()
+    joint, separate = make(), make(forward_mode="separate")
+    one, two = uda.Step(joint, batch, 0.0, 0, 0), uda.Step(separate, batch, 0.0, 0, 0)
+    _ = two.source.features, two.target.features
+    assert separate.backbone.rows == [8, 6]
+    z = separate.bottleneck.net[0](separate.backbone.linear(batch["target"]["x"]))
+    own = torch.relu((z - z.mean(0)) / (z.var(0, unbiased=False) + 1e-5).sqrt())
+    torch.testing.assert_close(two.target.features, own)
+    assert not torch.allclose(one.target.features, own, atol=1e-3)
+
+
+def test_views_are_forwarded_when_asked_for():
+    model = make()
+    step = uda.Step(model, data(views=("weak", "strong")), 0.0, 0, 0)
+    _ = step.source.logits
+    assert model.backbone.rows == [14]
+    assert step.target.view("strong").logits.shape == (6, 3)
+    assert model.backbone.rows == [14, 6]
+    with pytest.raises(KeyError, match="source_views"):
+        step.source.view("weak")
+
+
+def test_a_target_batch_carries_no_label():
+    batch = data()
+    batch["target"]["y"] = torch.zeros(6, dtype=torch.long)
+    assert uda.Step(make(), batch, 0.0, 0, 0).target.y is None
+
+
+def test_replaced_inputs_are_forwarded_anew():
+    model = make()
+    step = uda.Step(model, data(), 0.0, 0, 0)
+    old = step.target.features
+    step.target.x = step.target.x + 1
+    assert not torch.equal(step.target.features, old)
+
+
+def test_different_shapes_name_the_domains():
+    batch = data()
+    batch["target"]["x"] = torch.randn(6, 7)
+    with pytest.raises(uda.UDAError, match=r"a \(4,\), target \(7,\).*separate"):
+        _ = uda.Step(make(), batch, 0.0, 0, 0).target.features
+
+
+def test_source_only_never_forwards_the_target(small_data, quiet_trainer):
+    model = uda.UDA(nn.Sequential(nn.Linear(2, 8), nn.ReLU()), bottleneck=4)
+    seen = []
+    dm = small_data()
+    trainer = quiet_trainer(max_epochs=1)
+    model.training_step_ = model.training_step
+
+    class Look(uda.Plugin):
+        pass
+
+    def spy(batch, batch_idx):
+        seen.append(set(batch))
+        return model.training_step_(batch, batch_idx)
+
+    model.training_step = spy
+    trainer.fit(model, dm)
+    assert seen
+    assert all(keys == {"sources"} for keys in seen)
