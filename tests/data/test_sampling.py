@@ -30,7 +30,9 @@ def test_a_stream_has_no_state():
     assert np.array_equal(used.take(123, 140), fresh.take(123, 140))
 
 
-@pytest.mark.parametrize("stream", [UniformStream(23, 0, "a"), ClassBalancedStream(np.arange(23) % 4, 0, "a")])
+@pytest.mark.parametrize(
+    "stream", [UniformStream(23, 0, "a"), ClassBalancedStream(np.arange(23) % 4, 0, "a")]
+)
 def test_ranks_share_out_the_global_batch(stream):
     for step in range(10):
         parts = [stream.take(*rank_slice(step, 3, rank, 4)) for rank in range(4)]
@@ -119,7 +121,10 @@ def test_held_out_images_are_in_no_target_batch(trainer, recorder):
 def test_class_balanced_by_need_and_by_setting(trainer, recorder, npz):
     from uda.data import Arrays
 
-    for needs, sampling in ((DefaultNeeds(class_balanced=True), "uniform"), (DefaultNeeds(), "class_balanced")):
+    for needs, sampling in (
+        (DefaultNeeds(class_balanced=True), "uniform"),
+        (DefaultNeeds(), "class_balanced"),
+    ):
         data = DataModule(Arrays(npz), "a", "b", batch_size=8, sampling=sampling, seed=0)
         model = recorder(needs)
         trainer(max_epochs=1, limit_val_batches=0).fit(model, data)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from uda.data.torch_datasets import Datasets
     from uda.data.views import ImageViews, Views
 
+#: public name -> module
 _WHERE = {
     "Arrays": "arrays",
     "BadImage": "domains",
@@ -41,7 +42,27 @@ _WHERE = {
     "Views": "views",
     "valid_rows": "samplers",
 }
-__all__ = sorted(_WHERE)
+__all__ = [
+    "Arrays",
+    "BadImage",
+    "ClassSplit",
+    "DataModule",
+    "Datasets",
+    "Digits",
+    "DomainData",
+    "FeatureViews",
+    "FileInputs",
+    "Generated",
+    "ImageFolders",
+    "ImageLists",
+    "ImageViews",
+    "Inputs",
+    "Reader",
+    "TensorInputs",
+    "TensorViews",
+    "Views",
+    "valid_rows",
+]
 
 
 def __getattr__(name: str) -> Any:

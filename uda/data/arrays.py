@@ -22,20 +22,22 @@ _FIELD = "{domain}"
 class Arrays(Reader):
     """Images or features stored as arrays under keys that hold the domain's name.
 
-    ``Arrays("digits.npz")`` finds the domains ``mnist_train``, ``usps_train``, ... behind the keys ``mnist_train_x``.
-    With ``{domain}`` in the path there is one file a domain: ``Arrays("{domain}_SURF.mat", x_key="fts", y_key="labels")``.
-    A domain without its y key is unlabelled. If the file has ``classes``, whole-number labels index it; else the
-    labels as text are the class names.
+    ``Arrays("digits.npz")`` finds the domains ``mnist_train``, ``usps_train``, ... behind the keys
+    ``mnist_train_x``. With ``{domain}`` in the path there is one file a domain: ``Arrays("{domain}_SURF.mat",
+    x_key="fts", y_key="labels")``. A domain without its y key is unlabelled. If the file has ``classes``,
+    whole-number labels index it; else the labels as text are the class names.
 
     Args:
         path: a .npz, .pt (a dict of tensors) or .mat file; ``{domain}`` stands for the domain's name.
         x_key: key of the inputs.
         y_key: key of the labels.
-        kind: ``images`` ([N, H, W], [N, H, W, C] or [N, C, H, W]; uint8 is scaled to [0, 1]) or ``features`` ([N, ...]).
-        layout: where the channels of 4-dimensional images are; ``auto`` tells by which axis is 1, 3 or 4 long.
+        kind: ``images`` ([N, H, W], [N, H, W, C] or [N, C, H, W]; uint8 is scaled to [0, 1]) or ``features``
+            ([N, ...]).
+        layout: where the channels of 4-dimensional images are; ``auto`` tells by which axis is 1, 3 or 4
+            long.
         classes_key: key of the class names.
-        normalise: of features, by domain and without labels: ``l2`` rows to length 1, ``zscore`` features to mean 0
-            and variance 1 (usual for SURF), or ``none``.
+        normalise: of features, by domain and without labels: ``l2`` rows to length 1, ``zscore`` features to
+            mean 0 and variance 1 (usual for SURF), or ``none``.
     """
 
     def __init__(
@@ -48,8 +50,11 @@ class Arrays(Reader):
         classes_key: str = "classes",
         normalise: Literal["none", "l2", "zscore"] = "none",
     ) -> None:
+        path = os.path.expanduser(str(path))
         if _FIELD not in path and _FIELD not in x_key:
-            raise UDAError(f"Arrays: put {_FIELD} into x_key or path; without it there is no telling domains apart")
+            raise UDAError(
+                f"Arrays: put {_FIELD} into x_key or path; without it there is no telling domains apart"
+            )
         for name, value, allowed in (
             ("kind", kind, ("images", "features")),
             ("layout", layout, ("auto", "channels_first", "channels_last")),
@@ -57,17 +62,19 @@ class Arrays(Reader):
         ):
             if value not in allowed:
                 raise UDAError(f"Arrays: {name} {value!r} must be one of {', '.join(allowed)}")
-        self.path = os.path.expanduser(str(path))
+        self.path = path
         self.x_key, self.y_key, self.classes_key = x_key, y_key, classes_key
         self.kind, self.layout, self.normalise = kind, layout, normalise
 
     def domains(self) -> list[str]:
+        """Names of the domains."""
         if _FIELD in self.path:
             files = glob.glob(self.path.replace(_FIELD, "*"))
             return sorted(_match(self.path, f) for f in files if _match(self.path, f))
         return natural_order(n for n in (_match(self.x_key, k) for k in _open(self.path)) if n)
 
     def read(self, domain: str) -> DomainData:
+        """Read one domain."""
         path = self.path.replace(_FIELD, domain)
         data = _open(path)
         x_key, y_key = self.x_key.replace(_FIELD, domain), self.y_key.replace(_FIELD, domain)
@@ -79,7 +86,8 @@ class Arrays(Reader):
             y = _flat(_array(data[y_key], f"{y_key!r} in {path!r}"))
             if len(y) != len(x):
                 raise UDAError(
-                    f"{path!r}: {x_key!r} has {len(x)} rows but {y_key!r} has {len(y)}; they must have equally many"
+                    f"{path!r}: {x_key!r} has {len(x)} rows but {y_key!r} has {len(y)}; "
+                    "they must have equally many"
                 )
             given = _flat(np.asarray(data[self.classes_key])) if self.classes_key in data else None
             labels, names = _named_labels(y, given, f"{y_key!r} in {path!r}")
@@ -95,7 +103,9 @@ class Arrays(Reader):
             return torch.from_numpy(np.ascontiguousarray(x))
         x = x.astype(np.float32)
         if self.normalise == "l2":
-            x /= np.maximum(np.linalg.norm(x.reshape(len(x), -1), axis=1), 1e-12).reshape(-1, *[1] * (x.ndim - 1))
+            x /= np.maximum(np.linalg.norm(x.reshape(len(x), -1), axis=1), 1e-12).reshape(
+                -1, *[1] * (x.ndim - 1)
+            )
         else:
             x = (x - x.mean(axis=0)) / np.maximum(x.std(axis=0), 1e-6)
         return torch.from_numpy(np.ascontiguousarray(x))
@@ -174,7 +184,8 @@ def _check_finite(x: np.ndarray, key: str, path: str) -> None:
     if bad.any():
         rows = np.flatnonzero(bad)
         raise UDAError(
-            f"{path!r}: {key!r} has NaN or infinite values in {len(rows)} row(s), the first is row {rows[0]}; "
+            f"{path!r}: {key!r} has NaN or infinite values in {len(rows)} row(s), "
+            f"the first is row {rows[0]}; "
             "remove or impute them"
         )
 
@@ -188,15 +199,21 @@ def _channels_first(x: np.ndarray, layout: str, key: str) -> Tensor:
             f"images {key!r} must have shape [N, H, W], [N, H, W, C] or [N, C, H, W], not {list(x.shape)}; "
             "for feature rows set kind: features"
         )
-    elif layout == "channels_last" or (layout == "auto" and x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3)):
+    elif layout == "channels_last" or (
+        layout == "auto" and x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3)
+    ):
         x = x.transpose(0, 3, 1, 2)
     if x.shape[1] not in (1, 3, 4):
-        raise UDAError(f"images {key!r} of shape {list(x.shape)} have no axis of 1, 3 or 4 channels; set layout")
+        raise UDAError(
+            f"images {key!r} of shape {list(x.shape)} have no axis of 1, 3 or 4 channels; set layout"
+        )
     x = x[:, :3] if x.shape[1] == 4 else x
     if x.dtype != np.uint8:
         if x.dtype.kind != "f":
             raise UDAError(f"images {key!r} must be uint8 (0 to 255) or floats (0 to 1), not {x.dtype}")
         x = x.astype(np.float32)
         if x.size and (x.min() < -1e-3 or x.max() > 1 + 1e-3):
-            raise UDAError(f"float images {key!r} must lie in [0, 1], not {x.min():g} to {x.max():g}; scale them")
+            raise UDAError(
+                f"float images {key!r} must lie in [0, 1], not {x.min():g} to {x.max():g}; scale them"
+            )
     return torch.from_numpy(np.ascontiguousarray(x))

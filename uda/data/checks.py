@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from uda.data.pools import Task
 from uda.data.readers import Reader
 from uda.errors import UDAError, nearest
@@ -21,7 +23,9 @@ def check_settings(
             raise UDAError(f"data.{name} must be at least 0 and below 1, not {value!r}")
     for name, (value, allowed) in choices.items():
         if value not in allowed:
-            raise UDAError(f"data.{name} is {value!r}; it must be one of {', '.join(allowed)}. {nearest(value, allowed)}")
+            raise UDAError(
+                f"data.{name} is {value!r}; it must be one of {', '.join(allowed)}. {nearest(value, allowed)}"
+            )
 
 
 def check_domains(reader: Reader, sources: list[str], target: str) -> None:
@@ -37,9 +41,11 @@ def check_domains(reader: Reader, sources: list[str], target: str) -> None:
         raise UDAError(f"a source domain is named twice: {sources}")
 
 
-def check_batches(task: Task, source_batch: int, target_batch: int, world: int) -> None:
-    """No batch over all ranks may be larger than the pool that it is drawn from."""
+def check_batches(task: Task, source_batch: int, target_batch: int, world: int, needs: Any) -> None:
+    """No training batch over all ranks may be larger than the pool that it is drawn from."""
     for pools in task.all():
+        if not (needs.target if pools.is_target else needs.source):
+            continue
         batch = (target_batch if pools.is_target else source_batch) * world
         if batch > len(pools.train):
             key = "target_batch_size" if pools.is_target else "batch_size"

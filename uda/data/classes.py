@@ -40,6 +40,19 @@ class ClassSplit:
                 seen[name] = key
 
 
+def as_split(classes: ClassSplit | dict | None) -> ClassSplit | None:
+    """A class split from a mapping of its fields."""
+    if classes is None or isinstance(classes, ClassSplit):
+        return classes
+    unknown = set(classes) - {"known", "source_private", "target_private"}
+    if unknown or "known" not in classes:
+        raise UDAError(
+            f"data.classes takes known, source_private and target_private (known is needed), "
+            f"not {sorted(classes)}"
+        )
+    return ClassSplit(**classes)
+
+
 @dataclass(frozen=True)
 class LabelSpace:
     """Known class names in id order, and the names that count as unknown.
@@ -52,7 +65,7 @@ class LabelSpace:
     split: bool = False
 
     def ids(self, data: DomainData) -> np.ndarray:
-        """Class id of each row, int64 [N]: unknown is C, and -1 stands for a class outside the split or no label."""
+        """Class id of each row, int64 [N]: C is unknown, -1 a class outside the split or no label."""
         if data.labels is None:
             return np.full(len(data), -1, dtype=np.int64)
         position = {name: i for i, name in enumerate(self.class_names)}
@@ -66,7 +79,7 @@ class LabelSpace:
         return np.flatnonzero((ids >= 0) & (ids < len(self.class_names)))
 
     def target_rows(self, data: DomainData, source_private: Sequence[str] = ()) -> np.ndarray:
-        """Rows of the target: all, or with a split those of a known or target-private class (that is the benchmark)."""
+        """Rows of the target: all; with a split those of a known or target-private class."""
         if not self.split or data.labels is None:
             return np.arange(len(data))
         allowed = (set(self.class_names) - set(source_private)) | self.unknown
@@ -91,7 +104,8 @@ def label_space(
     labelled = [d for d in [*sources, target] if d.labels is not None]
     if not labelled:
         raise UDAError(
-            f"no class is known: target {target.name!r} has no labels and there is no source; give classes.known"
+            f"no class is known: target {target.name!r} has no labels and there is no source; "
+            "give classes.known"
         )
     names = natural_order(n for d in labelled for n in d.class_names)
     if sources:
@@ -99,8 +113,9 @@ def label_space(
         stray = [n for n in names if n not in in_sources and n in _present(target)]
         if stray:
             raise UDAError(
-                f"class {stray[0]!r} is missing in source {', '.join(repr(d.name) for d in sources)} but is in "
-                f"target {target.name!r}{_others(stray)}; list such classes in classes.target_private, or remove them"
+                f"class {stray[0]!r}{_others(stray)} is in target {target.name!r} but missing in source "
+                f"{', '.join(repr(d.name) for d in sources)}; "
+                "list such classes in classes.target_private, or remove them"
             )
         names = [n for n in names if n in in_sources or n in {m for d in sources for m in d.class_names}]
     if not allow_missing:
@@ -139,5 +154,6 @@ def _check_split(sources: list[DomainData], target: DomainData, split: ClassSpli
         for name in wanted:
             if name not in present:
                 raise UDAError(
-                    f"classes.{key} names {name!r}, which is not in {where}. {nearest(name, present | in_sources)}"
+                    f"classes.{key} names {name!r}, which is not in {where}. "
+                    f"{nearest(name, present | in_sources)}"
                 )

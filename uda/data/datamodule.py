@@ -7,33 +7,32 @@ from typing import Any, Literal
 
 import lightning as L
 import numpy as np
-import torch
 from lightning.pytorch.utilities import CombinedLoader
 
 from uda.data.checks import check_batches, check_domains, check_settings, check_shapes
-from uda.data.classes import ClassSplit
-from uda.data.domains import DomainData
-from uda.data.loaders import BadImageLog, BatchDataset, Request, ShardedLoader, StreamLoader
+from uda.data.classes import ClassSplit, as_split
+from uda.data.default_views import default_views
+from uda.data.feeds import Feeds
+from uda.data.loaders import BadImageLog, Request, ShardedLoader
 from uda.data.needs import needs_of
-from uda.data.pools import DomainPools, Pool, Task, make_task
+from uda.data.pools import DomainPools, Task, make_task
 from uda.data.readers import Reader
-from uda.data.samplers import ClassBalancedStream, UniformStream
-from uda.data.splits import split_by_index
-from uda.data.views import ImageViews, Views
+from uda.data.views import Views
 from uda.errors import UDAError
 
 
 class DataModule(L.LightningDataModule):
     """Domains of one task, as endless training batches and as evaluation passes.
 
-    Training batches are ``{"sources": {name: batch}, "target": batch, "held_out": batch}``, absent where the model
-    does not need them. A batch is ``{"x": [B, ...], "index": int64 [B]}``, ``weak`` and ``strong`` where a plugin asks
-    for them, and ``y`` (int64 [B]) on sources **only**: target batches come from an object that holds no labels.
-    ``index`` is the position in the domain's training pool. Evaluation batches are ``{"x", "y", "index"}`` with
-    ``y = -1`` where there is no label and ``y = num_classes`` for unknown classes.
+    Training batches are ``{"sources": {name: batch}, "target": batch, "held_out": batch}``, absent where the
+    model does not need them. A batch is ``{"x": [B, ...], "index": int64 [B]}``, ``weak`` and ``strong``
+    where a plugin asks for them, and ``y`` (int64 [B]) on sources **only**: target batches come from an
+    object that holds no labels. ``index`` is the position in the domain's training pool. Evaluation batches
+    are ``{"x", "y", "index"}`` with ``y = -1`` where there is no label and ``y = num_classes`` for unknown
+    classes.
 
-    The order is a function of (seed, domain, step): independent of workers, resumable in mid-epoch, and of the target
-    labels it knows nothing. See :mod:`uda.data.samplers`.
+    The order is a function of (seed, domain, step): independent of workers, resumable in mid-epoch, and of
+    the target labels it knows nothing. See :mod:`uda.data.samplers`.
 
     Args:
         reader: where domains come from.
@@ -45,16 +44,17 @@ class DataModule(L.LightningDataModule):
         epoch_steps: steps an epoch; None: as many as the longest domain needs for one pass.
         source_val_fraction: held back from source training, the same share of each class, to measure source
             accuracy; 0: the source is evaluated on its training images.
-        target_test_fraction: held back from the target; 0 is the field's transductive protocol, evaluation on the
-            same unlabelled images that the model adapts to.
-        held_out_fraction: share of the target's pool for ``held_out`` batches, if a plugin needs them; those images
-            are then in no target batch.
+        target_test_fraction: held back from the target; 0 is the field's transductive protocol, evaluation on
+            the same unlabelled images that the model adapts to.
+        held_out_fraction: share of the target's pool for ``held_out`` batches, if a plugin needs them; those
+            images are then in no target batch.
         classes: class names by where they occur; None: the closed set.
         allow_missing_classes: let a domain lack classes of the closed set.
         heterogeneous: let domains differ in input shape.
         views: the transforms; None: by kind of input.
         sampling: of the sources; ``class_balanced`` draws every class equally often.
-        on_bad_image: ``stop`` with an error that names the file, or ``skip`` it for another and report the number.
+        on_bad_image: ``stop`` with an error that names the file, or ``skip`` it for another and report the
+            number.
         num_workers: worker processes of each domain's loader.
         pin_memory: None: if the accelerator is a CUDA device.
         seed: of order and augmentation; None: that of ``seed_everything``, else 0.
@@ -90,7 +90,7 @@ class DataModule(L.LightningDataModule):
         self.eval_batch_size, self.epoch_steps = eval_batch_size, epoch_steps
         self.source_val_fraction, self.target_test_fraction = source_val_fraction, target_test_fraction
         self.held_out_fraction = held_out_fraction
-        self.classes = _as_split(classes)
+        self.classes = as_split(classes)
         self.allow_missing_classes, self.heterogeneous = allow_missing_classes, heterogeneous
         self.views, self.sampling, self.on_bad_image = views, sampling, on_bad_image
         self.num_workers, self.pin_memory = num_workers, pin_memory
@@ -131,10 +131,11 @@ class DataModule(L.LightningDataModule):
         reader = Datasets(**sources, target=target)
         return cls(reader, source=list(sources) or None, target="target", **kwargs)
 
-    # --- what is known once the domains are read -----------------------------------------------------------------
+    # --- what is known once the domains are read ---------------------------------------------------------
 
     @property
     def seed(self) -> int:
+        """Of order, splits and augmentation."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
 
     @property
@@ -169,7 +170,7 @@ class DataModule(L.LightningDataModule):
         if self._shapes is None:
             shapes = {}
             for pools in self.task.all():
-                dataset = self._dataset(pools, pools.train, {"x": "test"})
+                dataset = self._feeds.dataset(pools, pools.train, {"x": "test"})
                 shapes[pools.name] = tuple(dataset[Request(np.zeros(1, dtype=np.int64), 0)]["x"].shape[1:])
             check_shapes(shapes, self.heterogeneous)
             self._shapes = shapes
@@ -207,84 +208,49 @@ class DataModule(L.LightningDataModule):
         self.task  # noqa: B018
         self.input_shapes  # noqa: B018
         if stage in (None, "fit"):
-            check_batches(self.task, self.batch_size, self._target_batch, self._world)
+            self._check_batches()
 
-    # --- training --------------------------------------------------------------------------------------------
+    def teardown(self, stage: str | None = None) -> None:
+        """Report images that were skipped since the last epoch's end."""
+        for name in list(self._log.paths):
+            self._log.report(name)
+
+    # --- loaders -----------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> CombinedLoader:
         """Endless streams of what the model needs, ``epoch_steps`` batches an epoch."""
-        needs = needs_of(self.trainer)
-        check_batches(self.task, self.batch_size, self._target_batch, self._world)
-        sources = self.task.sources if needs.source else []
-        target = self.task.target
-        members: dict[str, np.ndarray | int] = {"target": len(target.train)}
-        if needs.held_out:
-            if not self.held_out_fraction:
-                raise UDAError("a plugin needs held-out target batches: set data.held_out_fraction above 0")
-            members["target"], members["held_out"] = split_by_index(
-                len(target.train), self.held_out_fraction, self.seed, target.name, "held_out"
-            )
-        steps = self.epoch_steps or self._steps([*sources, *([target] if needs.target else [])])
-        loaders: dict[str, Any] = {}
-        if sources:
-            balanced = self.sampling == "class_balanced" or needs.class_balanced
-            loaders["sources"] = {p.name: self._source_loader(p, steps, needs.source_views, balanced) for p in sources}
-        for role in ("target", "held_out") if needs.held_out else ("target",):
-            if role == "held_out" or needs.target:
-                stream = UniformStream(members[role], self.seed, f"{role}/{target.name}")
-                wanted = {"x": "train", **{v: v for v in sorted(needs.views)}}
-                dataset = self._dataset(target, target.train, wanted)
-                loaders[role] = self._stream_loader(dataset, stream, self._target_batch, steps, target.name)
-        if not loaders:
-            raise UDAError(
-                "nothing to train on: the model needs "
-                + ("a source, but data.source is empty" if needs.source else "neither source nor target batches")
-            )
+        self._check_batches()
+        loaders = self._feeds.training(
+            needs_of(self.trainer),
+            self.batch_size,
+            self._target_batch,
+            self.epoch_steps,
+            self.held_out_fraction,
+            self.sampling == "class_balanced",
+        )
         return CombinedLoader(loaders, mode="min_size")
 
-    def _source_loader(self, pools: DomainPools, steps: int, views: frozenset[str], balanced: bool) -> StreamLoader:
-        name = f"source/{pools.name}"
-        labels = pools.train.labels
-        stream = (
-            ClassBalancedStream(labels.numpy(), self.seed, name)
-            if balanced
-            else UniformStream(len(labels), self.seed, name)
-        )
-        wanted = {"x": "train", **{v: v for v in sorted(views)}}
-        dataset = self._dataset(pools, pools.train, wanted, labelled=True)
-        return self._stream_loader(dataset, stream, self.batch_size, steps, pools.name)
+    def val_dataloader(self) -> list[ShardedLoader]:
+        """A loader for each of ``eval_domains("val")``."""
+        return self._eval_loaders("val")
 
-    def _stream_loader(self, dataset: BatchDataset, stream: Any, batch_size: int, steps: int, name: str) -> StreamLoader:
-        return StreamLoader(
-            dataset,
-            stream,
-            batch_size,
-            steps,
-            self.seed,
-            name,
-            self._rank,
-            self._world,
-            self._batches_done,
-            self._log,
-            self.num_workers,
-            self._pin,
-        )
+    def test_dataloader(self) -> list[ShardedLoader]:
+        """A loader for each of ``eval_domains("test")``."""
+        return self._eval_loaders("test")
 
-    def _steps(self, domains: list[DomainPools]) -> int:
-        batch = {True: self._target_batch * self._world, False: self.batch_size * self._world}
-        return max([-(-len(p.train) // batch[p.is_target]) for p in domains], default=1)
+    def predict_dataloader(self) -> list[ShardedLoader]:
+        """A loader of the target."""
+        return self._eval_loaders("predict")
 
-    def _batches_done(self) -> int:
-        """Training batches behind the run, over all epochs.
+    def pool_dataloader(self, domain: str) -> ShardedLoader:
+        """One pass over a domain's whole training pool in index order, test view; ``y`` for sources only."""
+        pools = self.task[domain]
+        return self._feeds.sharded(pools, pools.train, self.eval_batch_size, labelled=not pools.is_target)
 
-        ``processed`` is right whether a checkpoint was written after a batch, in validation, at an epoch's end or by
-        a signal within a step; the trainer's counters are restored before it asks the loaders for an iterator.
-        """
-        if self.trainer is None:
-            return 0
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-
-    # --- evaluation ------------------------------------------------------------------------------------------
+    def pool_is_eval(self, domain: str) -> bool:
+        """Whether the evaluation loader of a domain walks its training pool, with the same indices."""
+        pools = self.task[domain]
+        return pools.eval is pools.train
 
     def eval_domains(self, stage: str = "val") -> list[str]:
         """Domain of each evaluation loader: sources, then the target; ``predict``: the target alone."""
@@ -294,107 +260,52 @@ class DataModule(L.LightningDataModule):
         """Whether each evaluation loader is the target's, in the same order."""
         return [p.is_target for p in self._evaluated(stage)]
 
-    def val_dataloader(self) -> list[ShardedLoader]:
-        return self._eval_loaders("val")
-
-    def test_dataloader(self) -> list[ShardedLoader]:
-        return self._eval_loaders("test")
-
-    def predict_dataloader(self) -> list[ShardedLoader]:
-        return self._eval_loaders("predict")
-
-    def pool_dataloader(self, domain: str) -> ShardedLoader:
-        """One pass over a domain's whole training pool in index order, test view; ``y`` for sources only."""
-        pools = self.task[domain]
-        return self._sharded(pools, pools.train, labelled=not pools.is_target)
-
-    def pool_is_eval(self, domain: str) -> bool:
-        """Whether the evaluation loader of a domain walks its training pool, with the same indices."""
-        pools = self.task[domain]
-        return pools.eval is pools.train
-
-    def teardown(self, stage: str | None = None) -> None:
-        """Report images that were skipped since the last epoch's end."""
-        for name in list(self._log.paths):
-            self._log.report(name)
-
     def _evaluated(self, stage: str) -> list[DomainPools]:
         if stage not in ("val", "validate", "test", "predict"):
             raise UDAError(f"stage {stage!r} has no evaluation loaders; use val, test or predict")
         return [self.task.target] if stage == "predict" else self.task.all()
 
     def _eval_loaders(self, stage: str) -> list[ShardedLoader]:
-        return [self._sharded(p, p.eval, labelled=True) for p in self._evaluated(stage)]
+        evaluated = self._evaluated(stage)
+        return [self._feeds.sharded(p, p.eval, self.eval_batch_size, labelled=True) for p in evaluated]
 
-    def _sharded(self, pools: DomainPools, pool: Pool, labelled: bool) -> ShardedLoader:
-        dataset = self._dataset(pools, pool, {"x": "test"}, labelled, replace_index=False)
-        return ShardedLoader(
-            dataset, self.eval_batch_size, pools.name, self._rank, self._world, self._log, self.num_workers, self._pin
-        )
+    # --- how the run stands ------------------------------------------------------------------------------
 
-    # --- shared ----------------------------------------------------------------------------------------------
-
-    def _dataset(
-        self,
-        pools: DomainPools,
-        pool: Pool,
-        wanted: dict[str, str],
-        labelled: bool = False,
-        replace_index: bool = True,
-    ) -> BatchDataset:
-        labels = pool.labels if labelled else None
-        return BatchDataset(
-            pools.data.inputs, pool.rows, self._views(), wanted, labels, self.on_bad_image, replace_index
-        )
-
-    def _views(self) -> Views:
+    @property
+    def _feeds(self) -> Feeds:
         if self.views is None:
             self.views = default_views([p.data for p in self.task.all()])
-        return self.views
+        trainer, pin = self.trainer, self.pin_memory
+        if pin is None:
+            pin = trainer is not None and trainer.strategy.root_device.type == "cuda"
+        return Feeds(
+            self.task,
+            self.views,
+            self.seed,
+            rank=trainer.global_rank if trainer is not None else 0,
+            world=trainer.world_size if trainer is not None else 1,
+            done=self._batches_done,
+            log=self._log,
+            on_bad_image=self.on_bad_image,
+            workers=self.num_workers,
+            pin=pin,
+        )
+
+    def _batches_done(self) -> int:
+        """Training batches behind the run, over all epochs.
+
+        ``processed`` is right whether a checkpoint was written after a batch, in validation, at an epoch's
+        end or by a signal within a step; the trainer restores its counters before it asks the loaders for an
+        iterator.
+        """
+        if self.trainer is None:
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def _check_batches(self) -> None:
+        world = self.trainer.world_size if self.trainer is not None else 1
+        check_batches(self.task, self.batch_size, self._target_batch, world, needs_of(self.trainer))
 
     @property
     def _target_batch(self) -> int:
         return self.target_batch_size or self.batch_size
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer is not None else 0
-
-    @property
-    def _world(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
-
-    @property
-    def _pin(self) -> bool:
-        if self.pin_memory is not None:
-            return self.pin_memory
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-
-
-def default_views(domains: list[DomainData]) -> Views:
-    """Views by kind of input: photographs, small image arrays (brought to one size) or features."""
-    from uda.data.tensor_views import FeatureViews, TensorViews
-
-    kinds = {d.inputs.kind for d in domains}
-    if len(kinds) > 1:
-        raise UDAError(f"domains are of different kinds ({', '.join(sorted(kinds))}); set data.views to bring them together")
-    kind = kinds.pop()
-    if kind == "files":
-        return ImageViews()
-    if kind == "features":
-        return FeatureViews()
-    shapes = [d.inputs.fetch(torch.zeros(1, dtype=torch.int64))[0].shape for d in domains]
-    if len(set(shapes)) == 1:
-        return TensorViews()
-    return TensorViews(size=max(max(s[1:]) for s in shapes), channels=3 if any(s[0] == 3 for s in shapes) else 1)
-
-
-def _as_split(classes: ClassSplit | dict | None) -> ClassSplit | None:
-    if classes is None or isinstance(classes, ClassSplit):
-        return classes
-    unknown = set(classes) - {"known", "source_private", "target_private"}
-    if unknown or "known" not in classes:
-        raise UDAError(
-            f"data.classes takes known, source_private and target_private (known is needed), not {sorted(classes)}"
-        )
-    return ClassSplit(**classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ class Inputs(ABC):
         """Inputs at ``rows`` (int64 [B]): float32 tensor [B, ...] or a list of B images."""
 
     def order(self) -> np.ndarray | None:
-        """Row order that depends on contents only, never on where a label put a row; None where rows have one."""
+        """Row order that depends on contents, never on where a label put a row; None: as stored."""
         return None
 
 
@@ -63,6 +64,7 @@ class TensorInputs(Inputs):
         return len(self.x)
 
     def fetch(self, rows: Tensor) -> Tensor:
+        """Float32 batch [B, ...]."""
         batch = self.x[rows].float()
         return batch.div_(self.scale) if self.scale else batch
 
@@ -73,7 +75,7 @@ class FileInputs(Inputs):
     kind: Kind = "files"
 
     def __init__(self, paths: Sequence[str]) -> None:
-        # One block of fixed-width strings: forked workers share it, a list of str would be copied page by page.
+        # One block of memory: forked workers share it, a list of str would be copied page by page.
         self.paths = np.asarray(paths, dtype=np.str_)
 
     def __len__(self) -> int:
@@ -91,7 +93,8 @@ class FileInputs(Inputs):
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
-        except Exception as e:  # PIL raises OSError, SyntaxError, ValueError, struct.error ... on broken files
+        # PIL raises OSError, SyntaxError, ValueError, struct.error and more on broken files.
+        except Exception as e:
             raise BadImage(
                 f"cannot read image {path!r}: {type(e).__name__}: {e}. "
                 "Repair or remove the file, or set on_bad_image: skip",
@@ -99,6 +102,7 @@ class FileInputs(Inputs):
             ) from e
 
     def fetch(self, rows: Tensor) -> list[Any]:
+        """B images."""
         return [self.load(int(r)) for r in rows]
 
     def order(self) -> np.ndarray:
@@ -126,7 +130,7 @@ def _by_content(order: np.ndarray, sizes: np.ndarray, paths: np.ndarray) -> np.n
 def _runs(values: np.ndarray) -> list[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(values)) + 1
     bounds = np.concatenate([[0], edges, [len(values)]])
-    return [(int(a), int(b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b - a > 1]
+    return [(int(a), int(b)) for a, b in itertools.pairwise(bounds) if b - a > 1]
 
 
 def _digest(path: str, size: int, length: int | None) -> bytes:
@@ -168,4 +172,5 @@ class DomainData:
         return len(self.inputs)
 
     def row_id(self, row: int) -> str:
+        """Name of a row."""
         return str(self.ids[row]) if len(self.ids) else f"{self.name}/{row}"

@@ -14,7 +14,8 @@ from uda.errors import UDAError
 
 
 class Digits(Reader):
-    """8x8 digits: ``rendered`` from fonts and ``handwritten`` (scikit-learn's 1,797 digits). Ten classes, no download.
+    """8x8 digits: ``rendered`` from fonts and ``handwritten`` (scikit-learn's 1,797 digits). Ten classes, no
+    download.
 
     Args:
         n_rendered: number of rendered digits.
@@ -25,9 +26,11 @@ class Digits(Reader):
         self.n_rendered, self.seed = n_rendered, seed
 
     def domains(self) -> list[str]:
+        """Names of the domains."""
         return ["rendered", "handwritten"]
 
     def read(self, domain: str) -> DomainData:
+        """Read one domain."""
         self._known(domain, "Digits")
         from uda.data.rendered import handwritten_digits, render_digits
 
@@ -38,10 +41,11 @@ class Digits(Reader):
 
 
 class Generated(Reader):
-    """Toy features from scikit-learn, shifted a step more in each target: ``source``, ``target``, ``target2``, ...
+    """Toy features from scikit-learn, shifted a step more in each target: ``source``, ``target``,
+    ``target2``, ...
 
-    Target k (k = 1, 2, ...) is a new draw of the same problem, rotated by ``k * rotation`` about the origin in the
-    first two features and moved by ``k * translation`` along every feature.
+    Target k (k = 1, 2, ...) is a new draw of the same problem, rotated by ``k * rotation`` about the origin
+    in the first two features and moved by ``k * translation`` along every feature.
 
     Args:
         kind: ``moons`` (2 classes), ``blobs`` (``classes`` Gaussian balls) or ``classification``.
@@ -70,7 +74,9 @@ class Generated(Reader):
         if kind not in ("moons", "blobs", "classification"):
             raise UDAError(f"Generated kind {kind!r} is unknown; use moons, blobs or classification")
         if kind == "moons" and (classes, features) != (2, 2):
-            raise UDAError("moons have exactly 2 classes and 2 features; use blobs or classification for others")
+            raise UDAError(
+                "moons have exactly 2 classes and 2 features; use blobs or classification for others"
+            )
         if features < 2 or classes < 2 or n < classes or targets < 1:
             raise UDAError("Generated needs features >= 2, classes >= 2, n >= classes and targets >= 1")
         self.kind, self.n, self.classes, self.features = kind, n, classes, features
@@ -78,9 +84,11 @@ class Generated(Reader):
         self.targets, self.seed = targets, seed
 
     def domains(self) -> list[str]:
+        """Names of the domains."""
         return ["source"] + ["target" if k == 1 else f"target{k}" for k in range(1, self.targets + 1)]
 
     def read(self, domain: str) -> DomainData:
+        """Read one domain."""
         self._known(domain, f"Generated({self.kind!r})")
         k = self.domains().index(domain)
         x, y = self._draw(k)
@@ -89,7 +97,9 @@ class Generated(Reader):
         x[:, :2] = x[:, :2] @ turn.T
         x += k * self.translation
         inputs = TensorInputs(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)), "features")
-        return DomainData(domain, inputs, torch.from_numpy(y.astype(np.int64)), [str(c) for c in range(self.classes)])
+        return DomainData(
+            domain, inputs, torch.from_numpy(y.astype(np.int64)), [str(c) for c in range(self.classes)]
+        )
 
     def _draw(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         from sklearn import datasets
@@ -103,7 +113,7 @@ class Generated(Reader):
             centres = np.random.default_rng(self.seed).uniform(-3, 3, (self.classes, self.features))
             y = rng.permutation(np.arange(self.n) % self.classes)
             return centres[y] + self.noise * rng.standard_normal((self.n, self.features)), y
-        # One problem, cut into equal shares: the hypercube of make_classification depends on the seed and the size.
+        # One problem, cut into equal shares: its geometry depends on the seed and on the number of rows.
         informative = max(2, min(self.features, math.ceil(math.log2(2 * self.classes)) + 1))
         x, y = datasets.make_classification(
             self.n * (self.targets + 1),

@@ -1,7 +1,7 @@
 """Loaders: batches by request, endless for training and sharded for evaluation.
 
-Neither loader is a ``torch.utils.data.DataLoader``: Lightning leaves them alone, so that no sampler of its own
-replaces the order here. Inside, a DataLoader runs the workers; its "index" is a whole batch request.
+Neither loader is a ``torch.utils.data.DataLoader``: Lightning leaves them alone, so that no sampler of its
+own replaces the order here. Inside, a DataLoader runs the workers; its "index" is a whole batch request.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class BatchDataset(Dataset):
         wanted: view behind each key of the batch, ``{"x": "train", "weak": "weak"}``.
         labels: int64 [N] by pool position; None: batches carry no ``y`` and the object holds none.
         on_bad_image: ``skip`` takes the next readable image instead.
-        replace_index: a replacement counts as itself (training); else the batch keeps the index asked for and its
-            ``y`` becomes -1 (evaluation).
+        replace_index: a replacement counts as itself (training); else the batch keeps the index asked for and
+            its ``y`` becomes -1 (evaluation).
     """
 
     def __init__(
@@ -94,7 +94,9 @@ class BatchDataset(Dataset):
                     if attempt == 0:
                         bad.append((i, e.path))
             else:
-                raise BadImage(f"none of the {len(self.rows)} images can be read; the first is {bad[0][1]!r}", bad[0][1])
+                raise BadImage(
+                    f"none of the {len(self.rows)} images can be read; the first is {bad[0][1]!r}", bad[0][1]
+                )
         return raw, shown, bad
 
 
@@ -106,6 +108,7 @@ class BadImageLog:
         self.total: dict[str, int] = {}
 
     def add(self, domain: str, paths: list[str]) -> None:
+        """Note files that were skipped."""
         self.paths.setdefault(domain, set()).update(paths)
         self.total[domain] = self.total.get(domain, 0) + len(paths)
 
@@ -137,7 +140,9 @@ class _Requests:
 class _Loader:
     """A DataLoader over requests, with the skipped images taken out of its batches and reported."""
 
-    def __init__(self, dataset: BatchDataset, name: str, log: BadImageLog, workers: int, pin: bool, keep: bool) -> None:
+    def __init__(
+        self, dataset: BatchDataset, name: str, log: BadImageLog, workers: int, pin: bool, keep: bool
+    ) -> None:
         self.dataset, self.name, self.log = dataset, name, log
         self._requests = _Requests()
         self._loader = DataLoader(
@@ -206,9 +211,15 @@ class StreamLoader(_Loader):
         return Request(positions, derive_seed(self.seed, self.stream.name, "augment", step, self.rank))
 
     def __iter__(self) -> Iterator[Batch]:
-        # A resumed epoch asks for less than ``steps``; the trainer stops by its own count, so more does no harm.
+        # A resumed epoch asks for less than ``steps``: the trainer stops by its own count, more does no harm.
+        return self._iterate(self._requests_from_now(), self.steps)
+
+    def _requests_from_now(self) -> Iterator[Request]:
+        # Asked at the first batch, not when the iterator is made: a trainer that estimates the number of steps
+        # for a learning-rate schedule makes it before it restores its counters.
         first = self._done()
-        return self._iterate((self.request(first + i) for i in range(self.steps)), self.steps)
+        for i in range(self.steps):
+            yield self.request(first + i)
 
     def state_dict(self) -> dict[str, Any]:
         """What the order depends on. There is no position in it: that is the trainer's batch count."""
@@ -225,7 +236,8 @@ class StreamLoader(_Loader):
         changed = [f"{k} {state[k]!r} -> {now[k]!r}" for k in now if k in state and state[k] != now[k]]
         if changed:
             warnings.warn(
-                f"resumed with other data settings ({'; '.join(changed)}): the order of samples differs from here on",
+                f"resumed with other data settings ({'; '.join(changed)}): "
+                "the order of samples differs from here on",
                 stacklevel=2,
             )
 
@@ -233,8 +245,8 @@ class StreamLoader(_Loader):
 class ShardedLoader(_Loader):
     """One pass over a pool in index order, split over ranks: rank r has indices r, r + W, ...
 
-    All ranks have equally many batches; a rank that is one row short has index 0 at its end. Drop such rows with
-    :func:`uda.data.valid_rows` before counting.
+    All ranks have equally many batches; a rank that is one row short has index 0 at its end. Drop such rows
+    with :func:`uda.data.valid_rows` before counting.
 
     Args: as for :class:`StreamLoader`.
     """

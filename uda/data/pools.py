@@ -41,6 +41,7 @@ class DomainPools:
 
     @property
     def name(self) -> str:
+        """Of the domain."""
         return self.data.name
 
 
@@ -53,6 +54,7 @@ class Task:
     target: DomainPools
 
     def all(self) -> list[DomainPools]:
+        """Sources, then the target."""
         return [*self.sources, self.target]
 
     def __getitem__(self, name: str) -> DomainPools:
@@ -67,7 +69,7 @@ def _pool(rows: np.ndarray, ids: np.ndarray) -> Pool:
 
 
 def source_pools(data: DomainData, space: LabelSpace, fraction: float, seed: int) -> DomainPools:
-    """Stratified training and evaluation pools of a source; with fraction 0 it is evaluated on its training pool."""
+    """Stratified pools of a source; with fraction 0 it is evaluated on its training pool."""
     ids, rows = space.ids(data), space.source_rows(data)
     if not len(rows):
         raise UDAError(f"source domain {data.name!r} has no image of a known or source-private class")
@@ -79,7 +81,7 @@ def source_pools(data: DomainData, space: LabelSpace, fraction: float, seed: int
 def target_pools(
     data: DomainData, space: LabelSpace, split: ClassSplit | None, fraction: float, seed: int
 ) -> DomainPools:
-    """Pools of the target in an order that labels cannot change; with fraction 0 both are one (transductive)."""
+    """Pools of the target in an order without labels; with fraction 0 both are one (transductive)."""
     ids, rows = space.ids(data), space.target_rows(data, split.source_private if split else ())
     if not len(rows):
         raise UDAError(f"target domain {data.name!r} has no image of a known or target-private class")

@@ -64,12 +64,14 @@ class ImageFolders(Reader):
         self.root = os.path.expanduser(str(root))
 
     def domains(self) -> list[str]:
+        """Names of the domains."""
         if not os.path.isdir(self.root):
             raise UDAError(f"image folder root {self.root!r} does not exist or is no folder")
         with os.scandir(self.root) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
     def read(self, domain: str) -> DomainData:
+        """Read one domain."""
         self._known(domain, f"folder {self.root!r}")
         folder = os.path.join(self.root, domain)
         flat, classes = [], []
@@ -98,22 +100,26 @@ class ImageFolders(Reader):
         found = natural_order(c for c in classes if by_class[c])
         paths = [p for c in found for p in by_class[c]]
         counts = torch.tensor([len(by_class[c]) for c in found])
-        return DomainData(domain, FileInputs(paths), torch.arange(len(found)).repeat_interleave(counts), found, paths)
+        return DomainData(
+            domain, FileInputs(paths), torch.arange(len(found)).repeat_interleave(counts), found, paths
+        )
 
 
 def _images_below(folder: str) -> list[str]:
     paths = []
     for base, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        paths += [os.path.join(base, n) for n in sorted(names) if n.lower().endswith(IMAGE_ENDINGS) and n[0] != "."]
+        paths += [
+            os.path.join(base, n) for n in sorted(names) if n.lower().endswith(IMAGE_ENDINGS) and n[0] != "."
+        ]
     return paths
 
 
 class ImageLists(Reader):
     """Images named in text files, one ``path label`` a line (DomainNet, VisDA and others).
 
-    A line with a path alone is unlabelled; a file must be all labelled or all unlabelled. Blank lines and lines that
-    start with ``#`` are skipped. The last word is the label, so that paths may hold blanks.
+    A line with a path alone is unlabelled; a file must be all labelled or all unlabelled. Blank lines and
+    lines that start with ``#`` are skipped. The last word is the label, so that paths may hold blanks.
 
     Args:
         root: folder that the paths start from.
@@ -126,9 +132,11 @@ class ImageLists(Reader):
         self.lists, self.class_names = dict(lists), class_names
 
     def domains(self) -> list[str]:
+        """Names of the domains."""
         return list(self.lists)
 
     def read(self, domain: str) -> DomainData:
+        """Read one domain."""
         self._known(domain, "the lists")
         paths: list[str] = []
         names: list[str | None] = []
@@ -141,7 +149,8 @@ class ImageLists(Reader):
             return DomainData(domain, FileInputs(paths), None, [], paths)
         if unlabelled:
             raise UDAError(
-                f"domain {domain!r}: {unlabelled} of {len(names)} lines have no label; label all lines or none"
+                f"domain {domain!r}: {unlabelled} of {len(names)} lines have no label; "
+                "label all lines or none"
             )
         ids, classes = labels_by_name(names)  # type: ignore[arg-type]
         return DomainData(domain, FileInputs(paths), ids, classes, paths)
@@ -169,5 +178,6 @@ class ImageLists(Reader):
         if label.isdecimal() and int(label) < len(self.class_names):
             return self.class_names[int(label)]
         raise UDAError(
-            f"{file}, line {number}: label {label!r} is none of the {len(self.class_names)} class_names nor an index"
+            f"{file}, line {number}: label {label!r} is none of the {len(self.class_names)} class_names "
+            "nor an index of them"
         )

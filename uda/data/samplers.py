@@ -1,9 +1,9 @@
 """Endless sampling orders that are pure functions of a seed and a position.
 
-A domain's stream is the concatenation of permutations of its pool, pass k seeded by (seed, name, k). Step s of a run
-takes the global batch at positions ``[s * G, (s + 1) * G)`` with ``G = batch_size * world_size``, and rank r its
-slice of it. So a short domain cycles in a new order each time, nothing is dropped, ranks never share a sample within
-a pass, and a resumed run needs only the number of batches done.
+A domain's stream is the concatenation of permutations of its pool, pass k seeded by (seed, name, k). Step s
+of a run takes the global batch at positions ``[s * G, (s + 1) * G)`` with ``G = batch_size * world_size``,
+and rank r its slice of it. So a short domain cycles in a new order each time, nothing is dropped, ranks never
+share a sample within a pass, and a resumed run needs only the number of batches done.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def permutation(n: int, seed: int, *parts: Any) -> np.ndarray:
 
 
 class _Cache:
-    """The last few permutations: a stream walks one pass at a time, so two are enough; a restart costs one."""
+    """The last few permutations: a stream walks one pass at a time, so two would do."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -77,8 +77,8 @@ class UniformStream:
 class ClassBalancedStream:
     """Every class once a round, the classes of a round in random order, each class its own stream.
 
-    Round r holds stream positions ``[r * C, (r + 1) * C)``; the class at a slot comes from the permutation of round r,
-    and its sample is number r of that class's own concatenated permutations. All of it is stateless.
+    Round r holds stream positions ``[r * C, (r + 1) * C)``; the class at a slot comes from the permutation of
+    round r, and its sample is number r of that class's own concatenated permutations. All of it is stateless.
 
     Args:
         labels: class id of each pool position, int64 [n].
@@ -127,7 +127,8 @@ def shard(n: int, rank: int, world: int) -> np.ndarray:
 
 
 def valid_rows(index: Any, rank: int, world: int) -> Any:
-    """Boolean mask [B] of the rows of an evaluation or pool batch that this rank owns; the others are padding.
+    """Boolean mask [B] of the rows of an evaluation or pool batch that this rank owns; the others are
+    padding.
 
     Args:
         index: the batch's ``index``, int64 [B].

@@ -61,7 +61,8 @@ def erase(x: Tensor, share: float, generator: Generator, fill: float = 0.0) -> T
 class TensorViews(Views):
     """Views of small images held as arrays, in [0, 1].
 
-    All views: resize to ``size`` and repeat one channel to ``channels`` where these are given, normalise. Weak moves
+    All views: resize to ``size`` and repeat one channel to ``channels`` where these are given, normalise.
+        Weak moves
     (and mirrors, if ``flip``); strong also turns, adds noise and blanks a square. Output [B, C, size, size].
 
     Args:
@@ -100,9 +101,13 @@ class TensorViews(Views):
         self.mean, self.std = mean, std
 
     def apply(self, raw: Tensor | list[Any], view: ViewName, seed: int) -> Tensor:
+        """Batch of a view, see :meth:`Views.apply`."""
         if not isinstance(raw, Tensor) or raw.dim() != 4:
             got = f"a tensor of shape {tuple(raw.shape)}" if isinstance(raw, Tensor) else "image files"
-            raise UDAError(f"TensorViews takes image batches [B, C, H, W], not {got}; files: ImageViews, features: FeatureViews")
+            raise UDAError(
+                f"TensorViews takes image batches [B, C, H, W], not {got}; "
+                "use ImageViews for files, FeatureViews for features"
+            )
         x = self._shaped(raw.float())
         strength = {"train": self.train, "test": "none"}.get(view, view)
         if strength != "none":
@@ -139,7 +144,8 @@ class FeatureViews(Views):
 
     Args:
         weak_noise, strong_noise: standard deviation of the noise as a share of each row's own.
-        dropout: share of the features that the strong view sets to 0 (the others are scaled up to keep the mean).
+        dropout: share of the features that the strong view sets to 0 (the others are scaled up to keep the
+            mean).
     """
 
     def __init__(self, weak_noise: float = 0.05, strong_noise: float = 0.2, dropout: float = 0.2) -> None:
@@ -148,6 +154,7 @@ class FeatureViews(Views):
         self.weak_noise, self.strong_noise, self.dropout = weak_noise, strong_noise, dropout
 
     def apply(self, raw: Tensor | list[Any], view: ViewName, seed: int) -> Tensor:
+        """Batch of a view, see :meth:`Views.apply`."""
         if not isinstance(raw, Tensor):
             raise UDAError("FeatureViews takes feature rows, not images; use ImageViews for image files")
         x = raw.float()
@@ -155,7 +162,8 @@ class FeatureViews(Views):
             return x
         generator = _generator(seed, view)
         scale = x.flatten(1).std(dim=1, correction=0).reshape(-1, *[1] * (x.dim() - 1))
-        x = x + (self.weak_noise if view == "weak" else self.strong_noise) * scale * torch.randn(x.shape, generator=generator)
+        noise = self.weak_noise if view == "weak" else self.strong_noise
+        x = x + noise * scale * torch.randn(x.shape, generator=generator)
         if view == "strong" and self.dropout:
             keep = torch.rand(x.shape, generator=generator) >= self.dropout
             x = x * keep / (1 - self.dropout)

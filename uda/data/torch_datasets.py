@@ -19,7 +19,9 @@ class DatasetInputs(Inputs):
     def __init__(self, dataset: Any, name: str) -> None:
         self.dataset = dataset
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise UDAError(f"dataset of domain {name!r} must have __len__ and __getitem__ (a map-style dataset)")
+            raise UDAError(
+                f"dataset of domain {name!r} must have __len__ and __getitem__ (a map-style dataset)"
+            )
         if len(dataset) == 0:
             raise UDAError(f"domain {name!r} is empty: its dataset has length 0")
         x = _first(dataset[0])
@@ -32,6 +34,7 @@ class DatasetInputs(Inputs):
         return len(self.dataset)
 
     def fetch(self, rows: Tensor) -> Tensor | list[Any]:
+        """Inputs at ``rows`` (int64 [B])."""
         items = [_first(self.dataset[int(r)]) for r in rows]
         if self.kind == "files":
             return items
@@ -44,20 +47,23 @@ def _first(item: Any) -> Any:
 
 
 class Datasets(Reader):
-    """Domains from torch datasets, by keyword: ``Datasets(source=a, target=b)``, ``Datasets(art=a, clip=b, real=c)``.
+    """Domains from torch datasets, by keyword: ``Datasets(source=a, target=b)``, ``Datasets(art=a, clip=b,
+    real=c)``.
 
-    An item is ``(x, y)`` or ``x``; x a tensor [C, H, W] or [D] or a PIL image, y a whole number. Labels are taken from
-    ``targets``, ``labels`` or a TensorDataset's second tensor where there are any, else by one pass over the items.
-    Class names are the dataset's ``classes``, else the numbers.
+    An item is ``(x, y)`` or ``x``; x a tensor [C, H, W] or [D] or a PIL image, y a whole number. Labels are
+    taken from ``targets``, ``labels`` or a TensorDataset's second tensor where there are any, else by one
+    pass over the items. Class names are the dataset's ``classes``, else the numbers.
     """
 
     def __init__(self, **datasets: Any) -> None:
         self.datasets = datasets
 
     def domains(self) -> list[str]:
+        """Names of the domains."""
         return list(self.datasets)
 
     def read(self, domain: str) -> DomainData:
+        """Read one domain."""
         self._known(domain, "Datasets")
         dataset = self.datasets[domain]
         inputs = DatasetInputs(dataset, domain)
@@ -77,7 +83,11 @@ def _labels(dataset: Any) -> np.ndarray | None:
     if not isinstance(first, (tuple, list)) or len(first) < 2:
         return None
     tensors = getattr(dataset, "tensors", None)
-    for known in (getattr(dataset, "targets", None), getattr(dataset, "labels", None), tensors and tensors[1]):
+    for known in (
+        getattr(dataset, "targets", None),
+        getattr(dataset, "labels", None),
+        tensors and tensors[1],
+    ):
         if known is not None and len(known) == len(dataset):
             return np.asarray(known).astype(np.int64)
     return np.array([int(dataset[i][1]) for i in range(len(dataset))], dtype=np.int64)

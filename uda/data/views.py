@@ -22,7 +22,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Fix the CPU random numbers of torch, numpy and Python inside; outside they go on as if nothing happened."""
+    """Fix the CPU random numbers of torch, numpy and Python inside; outside they go on unchanged."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would also reseed the accelerator
     np.random.seed(seed % 2**32)
@@ -38,9 +38,10 @@ def seeded(seed: int) -> Iterator[None]:
 class Views(Described):
     """Views from a transform for each, called on one image at a time.
 
-    A transform takes a PIL RGB image (image files) or a tensor [C, H, W] in [0, 1] (arrays) and gives a tensor.
-    ``weak`` and ``strong`` fall back on ``train``, ``test`` and ``train`` on plain conversion to a tensor. Random
-    numbers of torch, numpy and Python are seeded for each batch, so that a run can be repeated and resumed exactly.
+    A transform takes a PIL RGB image (image files) or a tensor [C, H, W] in [0, 1] (arrays) and gives a
+    tensor. ``weak`` and ``strong`` fall back on ``train``, ``test`` and ``train`` on plain conversion to a
+    tensor. Random numbers of torch, numpy and Python are seeded for each batch, so that a run can be repeated
+    and resumed exactly.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class Views(Described):
             raise UDAError(f"the {view} transform must give a tensor, it gave {type(outputs[0]).__name__}")
         if len({o.shape for o in outputs}) > 1:
             shapes = sorted({tuple(o.shape) for o in outputs})
-            raise UDAError(f"the {view} transform gave different shapes in one batch: {shapes[:3]}; add a resize or crop")
+            raise UDAError(
+                f"the {view} transform gave different shapes in one batch: {shapes[:3]}; add a resize or crop"
+            )
         return torch.stack(outputs)
 
 
@@ -91,13 +94,14 @@ def _to_tensor(image: Any) -> Tensor:
 class ImageViews(Views):
     """The field's views of photographs (torchvision): resize to a square, crop, flip, normalise.
 
-    Train is resize, crop and flip; test is resize and centre crop; weak is resize, shifted crop and flip; strong is
-    weak with RandAugment (Cubuk et al. 2020, as FixMatch uses it). Output [B, 3, size, size].
+    Train is resize, crop and flip; test is resize and centre crop; weak is resize, shifted crop and flip;
+    strong is weak with RandAugment (Cubuk et al. 2020, as FixMatch uses it). Output [B, 3, size, size].
 
     Args:
         size: side of the crop in pixels.
         resize: side before the crop; None: ``size`` (the test view is then the whole image).
-        crop: of the train view. ``random`` is RandomResizedCrop, ``shift`` a crop at a random place, ``center`` none.
+        crop: of the train view. ``random`` is RandomResizedCrop, ``shift`` a crop at a random place,
+            ``center`` none.
         scale: share of the area that RandomResizedCrop keeps, from and to.
         flip: mirror half of the training images.
         strong: ``randaugment``, ``trivial`` (TrivialAugmentWide) or ``none`` (the same as weak).
@@ -117,7 +121,9 @@ class ImageViews(Views):
     ) -> None:
         self.size, self.resize = size, resize or size
         if self.resize < size:
-            raise UDAError(f"ImageViews: resize ({resize}) must be at least size ({size}), the crop is cut from it")
+            raise UDAError(
+                f"ImageViews: resize ({resize}) must be at least size ({size}), the crop is cut from it"
+            )
         if crop not in ("random", "shift", "center") or strong not in ("randaugment", "trivial", "none"):
             raise UDAError(
                 f"ImageViews: crop {crop!r} must be random, shift or center; "
@@ -130,6 +136,7 @@ class ImageViews(Views):
         self._built: dict[str, Callable] = {}
 
     def transform(self, view: ViewName) -> Callable:
+        """The per-image transform of a view, built when first used."""
         if view not in self._built:
             self._built[view] = self._build(view)
         return self._built[view]
