@@ -18,7 +18,7 @@ from typing import Any, Literal
 from uda.plugin import Plugin
 from uda.testing.bench import Bench, quiet
 from uda.testing.distributed import ddp as _ddp
-from uda.testing.fitness import checkpoint, construction, global_state, lifecycle
+from uda.testing.fitness import checkpoint, construction, global_state, kept_globals, lifecycle
 from uda.testing.liveness import liveness as _liveness
 from uda.testing.report import CheckFailed, PluginWarning, Report
 from uda.testing.runs import accumulation, no_label_leak, precision, resume
@@ -104,7 +104,8 @@ def check_plugin(
                 report.skipped[name] = reasons[name]
                 continue
             start = time.perf_counter()
-            options.get(name, CHECKS[name])(bench, report)
+            with kept_globals():
+                options.get(name, CHECKS[name])(bench, report)
             report.seconds[name] = time.perf_counter() - start
             report.passed.append(name)
     return report

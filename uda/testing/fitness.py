@@ -16,6 +16,8 @@ from torch import Tensor
 
 from uda.described import describe
 from uda.discovery import make_plugin
+from uda.errors import UDAError
+from uda.hooks import Hooks
 from uda.module import UDA
 from uda.plugin import HOOK_API, SETTINGS, Plugin
 from uda.testing.bench import KEY, Bench, difference, state_of
@@ -38,8 +40,6 @@ def construction(bench: Bench, report: Report) -> None:
     def fail(wrong: str, remedy: str) -> CheckFailed:
         return CheckFailed(name, "construction", wrong, remedy)
 
-    if not bench.hooks:
-        raise fail("it fills no hook", "mark each method that fills a hook with @uda.hookimpl")
     if unknown := set(bench.cls.settings) - set(SETTINGS):
         raise fail(f"unknown settings {sorted(unknown)}", f"choose from {', '.join(SETTINGS)}")
     if (api := getattr(bench.cls, "hook_api", HOOK_API)) != HOOK_API:
@@ -56,6 +56,13 @@ def construction(bench: Bench, report: Report) -> None:
             f"{name}(**{bench.init_args}) raised {type(error).__name__}: {error}",
             "give every argument a default that works, or pass init_args to check_plugin",
         ) from error
+    plugin.key = KEY
+    try:
+        Hooks({KEY: plugin})
+    except UDAError as error:
+        raise fail(str(error), "the hooks and their arguments are in uda.hookspecs") from error
+    if not bench.hooks:
+        raise fail("it fills no hook", "mark each method that fills a hook with @uda.hookimpl")
     try:
         described = describe(plugin)
     except TypeError as error:
@@ -232,7 +239,8 @@ def _built_again(model: UDA, fail: Any) -> None:
         )
 
 
-def _globals() -> dict[str, Any]:
+def switches() -> dict[str, Any]:
+    """Global switches of torch that a plugin has no business with."""
     return {
         "default dtype": torch.get_default_dtype(),
         "grad mode": torch.is_grad_enabled(),
@@ -265,19 +273,13 @@ def _settings(trainer: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def unchanged_globals(bench: Bench) -> Iterator[None]:
-    """Fail where the block leaves a global setting of torch changed, and put it right."""
-    before = _globals()
+def kept_globals() -> Iterator[dict[str, Any]]:
+    """Put torch's switches back at the end; gives their values at the start."""
+    before = switches()
     try:
-        yield
-        after = _globals()
+        yield before
     finally:
         _restore(before)
-    if wrong := [k for k in before if before[k] != after[k]]:
-        raise CheckFailed(
-            bench.cls.__name__, "global_state", f"it leaves torch's {wrong[0]} at {after[wrong[0]]}",
-            "do not set global switches; use a context manager (torch.no_grad(), torch.autocast) where one is needed",
-        )  # fmt: skip
 
 
 def global_state(bench: Bench, report: Report) -> None:
@@ -287,8 +289,16 @@ def global_state(bench: Bench, report: Report) -> None:
         model, trainer, data = bench.built(), bench.trainer(), bench.data()
         before = _settings(trainer)
         torch.manual_seed(noise)
-        with unchanged_globals(bench):
+        with kept_globals() as were:
             trainer.fit(model, data)
+            are = switches()
+        if wrong := [k for k in were if were[k] != are[k]]:
+            raise CheckFailed(
+                bench.cls.__name__,
+                "global_state",
+                f"it leaves torch's {wrong[0]} at {are[wrong[0]]}",
+                "set no global switch; use a context manager (torch.no_grad, torch.autocast) where one is needed",
+            )
         after = _settings(trainer)
         if wrong := [k for k in before if before[k] != after[k]]:
             raise CheckFailed(
