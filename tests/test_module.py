@@ -282,3 +282,13 @@ def test_compiled_backbone_keeps_its_keys():
     model = uda.UDA(MLP(hidden=(8,), in_features=2), bottleneck=4, num_classes=2, input_shape=[2], compile_backbone=True)
     assert not any("_orig_mod" in k for k in model.state_dict())
     assert model.backbone._compiled_call_impl is not None
+
+
+def test_channels_last_gives_the_same_figures():
+    x = torch.randn(2, 1, 8, 8)
+    outputs = []
+    for channels_last in (False, True):
+        torch.manual_seed(0)
+        options = {"bottleneck": 4, "num_classes": 2, "input_shape": [1, 8, 8], "channels_last": channels_last}
+        outputs.append(uda.UDA("small_cnn", **options).eval()(x))
+    torch.testing.assert_close(*outputs)

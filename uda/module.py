@@ -20,7 +20,7 @@ from uda.gate import Level, Objectives
 from uda.hooks import Hooks, require_manual
 from uda.losses import classification_loss
 from uda.manual import ManualUpdates
-from uda.nn import Bottleneck, domain_context, feature_size, make_backbone, make_head
+from uda.nn import Bottleneck, domain_context, feature_size, make_backbone, make_head, use_channels_last
 from uda.optim import InverseDecay, Schedule, build_optimizer, build_scheduler, default_optimizer
 from uda.plugin import DataNeeds, Plugin
 from uda.step import DomainBatch, Step
@@ -47,7 +47,7 @@ class UDA(EvaluationLoop):
         gate_level: where :meth:`~uda.gate.Objectives.gram` takes gradients by default.
         manual_clip: gradient norm for manual methods (0: none); others use the trainer's ``gradient_clip_val``.
         manual_accumulate: batches a step for manual methods; others use ``accumulate_grad_batches``.
-        compile_backbone: run the backbone through ``torch.compile``.
+        compile_backbone: run the backbone through ``torch.compile``; ``channels_last``: images channels last.
         check_finite: stop at the first NaN or infinite objective, naming step, objective and plugin.
         num_classes, class_names, input_shape, sizes, source_names, target_name: filled in from the data module;
             to be given only where there is none.
@@ -71,6 +71,7 @@ class UDA(EvaluationLoop):
         manual_clip: float = 0.0,
         manual_accumulate: int = 1,
         compile_backbone: bool = False,
+        channels_last: bool = False,
         check_finite: bool = True,
         num_classes: int | None = None,
         class_names: list[str] | None = None,
@@ -84,7 +85,7 @@ class UDA(EvaluationLoop):
         running.check_arguments(arguments)
         arguments["plugins"] = plugins = {k: make_plugin(p) for k, p in (plugins or {}).items()}
         checkpointing.remember(self, arguments)
-        self.backbone = make_backbone(backbone)
+        self.backbone = use_channels_last(make_backbone(backbone)) if channels_last else make_backbone(backbone)
         self.plugins = nn.ModuleDict(running.keyed(plugins))
         self.hooks = Hooks(plugins)
         require_manual(plugins.values())

@@ -16,7 +16,7 @@ _HOMES = {
         "domain_context",
     ),
     "ema": ("EMATeacher",),
-    "factory": ("feature_size", "make_backbone"),
+    "factory": ("feature_size", "make_backbone", "use_channels_last"),
     "heads": ("Bottleneck", "CosineHead", "DomainDiscriminator", "LinearHead", "WeightNormHead", "make_head"),
     "precision": ("full", "no_autocast"),
     "reversal": ("reverse_gradient", "warm_start", "warm_start_iterations"),

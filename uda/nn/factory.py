@@ -43,6 +43,18 @@ def make_backbone(spec: str | nn.Module) -> nn.Module:
     )
 
 
+def _input_to_channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    x, *rest = inputs
+    return (x.contiguous(memory_format=torch.channels_last), *rest) if x.ndim == 4 else None
+
+
+def use_channels_last(backbone: nn.Module) -> nn.Module:
+    """Store weights and images channels last, in place: the same figures, often 1.3 to 1.7 times faster convolutions."""
+    backbone.to(memory_format=torch.channels_last)
+    backbone.register_forward_pre_hook(_input_to_channels_last)
+    return backbone
+
+
 def feature_size(backbone: nn.Module, input_shape: Sequence[int]) -> int:
     """F of a backbone for inputs ``[*input_shape]``, found by a dry forward of two zero samples.
 
