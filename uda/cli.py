@@ -1,0 +1,98 @@
+"""The command ``uda``: looks at the first word, and imports only what that command needs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import NamedTuple
+
+import uda
+from uda.errors import UDAError, nearest
+
+
+class Command(NamedTuple):
+    """Where a command lives. Its module has ``main(argv)``, with the command's own name as ``argv[0]``."""
+
+    module: str
+    summary: str
+
+
+#: A new command is one entry here.
+COMMANDS: dict[str, Command] = {
+    "fit": Command("uda.lightning_cli", "train from a config, in a run directory of its own"),
+    "validate": Command("uda.lightning_cli", "accuracy and label-free scores of a checkpoint"),
+    "test": Command(
+        "uda.lightning_cli", "the same on the test split; test-time adaptation where a plugin adapts"
+    ),
+    "predict": Command("uda.lightning_cli", "labels for the target images, as predictions.csv"),
+    "plugins": Command("uda.commands.plugins", "list methods; `show NAME`, `new NAME`"),
+    "data": Command(
+        "uda.commands.data", "list benchmarks; `show NAME`, `check NAME ROOT`, `download NAME ROOT`"
+    ),
+}
+
+
+def usage() -> str:
+    """The text of ``uda --help``."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items())
+    return (
+        f"uda {uda.__version__}: unsupervised domain adaptation on PyTorch Lightning\n\n"
+        f"usage: uda COMMAND [options]\n\n{rows}\n\n"
+        "`uda COMMAND --help` lists a command's options; `uda fit --print_config --config FILE` shows all "
+        "settings.\n"
+        "UDA_DEBUG=1 shows the traceback behind an error message."
+    )
+
+
+def user_error(error: BaseException | None) -> UDAError | None:
+    """The :class:`UDAError` in a chain of exceptions, however it was wrapped."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, UDAError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def report(error: UDAError) -> None:
+    """Print an error as one block on stderr, with the rank where there are several."""
+    rank = next((os.environ[k] for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if k in os.environ), "0")
+    where = f" (rank {rank})" if rank != "0" else ""
+    sys.stdout.flush()
+    print(f"\nuda: error{where}: {error}", file=sys.stderr, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 on success, 2 on bad input, 130 after Ctrl-C; other exceptions pass, with traceback and exit code 1.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version", "version"):
+        print(f"uda {uda.__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        report(UDAError(f"unknown command {argv[0]!r}. {nearest(argv[0], COMMANDS)} `uda --help` lists all."))
+        return 2
+    try:
+        return importlib.import_module(COMMANDS[argv[0]].module).main(argv) or 0
+    except KeyboardInterrupt:
+        print("uda: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        told = user_error(error)
+        if told is None or os.environ.get("UDA_DEBUG") == "1":
+            raise
+        report(told)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

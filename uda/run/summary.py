@@ -1,0 +1,254 @@
+"""The summary of a run: what it reached, what label-free selection would take, and what it was made with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+import uda
+from uda.described import describe
+from uda.errors import UDAError, nearest
+from uda.selection import SCORES
+
+TARGET = {
+    "target_accuracy": "oracle/target_accuracy",
+    "target_class_accuracy": "oracle/target_class_accuracy",
+}
+#: trainer settings that change no weight, and keys that hold paths of one machine
+_NO_EFFECT = {
+    "default_root_dir", "logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing",
+    "profiler", "log_every_n_steps", "limit_test_batches", "limit_predict_batches", "inference_mode",
+}  # fmt: skip
+_MACHINE = {"root", "dirpath", "save_dir", "cache_dir", "num_workers", "pin_memory", "eval_batch_size"}
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """First 12 hex digits of the SHA-256 of what decides a run's weights.
+
+    In it: ``seed_everything``, ``model``, ``data`` and ``trainer``. Left out: run directory and checkpoints,
+    loggers, progress bar and other settings that change no weight, workers, and folders of one machine (keys
+    ``root``, ``dirpath``, ``save_dir``, ``cache_dir``), so that two machines agree on equal runs.
+    """
+
+    def stable(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): stable(v) for k, v in sorted(value.items()) if k not in _MACHINE}
+        return [stable(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    kept = {k: stable(config.get(k)) for k in ("seed_everything", "model", "data")}
+    kept["trainer"] = stable({k: v for k, v in (config.get("trainer") or {}).items() if k not in _NO_EFFECT})
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def versions(model: Any) -> dict[str, str]:
+    """Versions of Python, the libraries, and each distribution that a plugin of this run comes from."""
+    out = {"python": platform.python_version(), "uda": uda.__version__}
+    for name in ("torch", "lightning", "torchmetrics", "pluggy"):
+        out[name] = metadata.version(name)
+    from uda.discovery import registry
+
+    owners = {found.cls: found for found in registry().plugins.values()}
+    for plugin in getattr(model, "plugins", {}).values():
+        if (found := owners.get(type(plugin))) is not None:
+            out[found.distribution] = found.version
+    return out
+
+
+def plugins_of(model: Any) -> dict[str, Any]:
+    """Plugins as in a config."""
+    out = {}
+    for key, plugin in getattr(model, "plugins", {}).items():
+        try:
+            out[key] = describe(plugin)
+        except TypeError:
+            out[key] = {"class_path": f"{type(plugin).__module__}.{type(plugin).__qualname__}"}
+    return out
+
+
+def device_of(trainer: L.Trainer) -> dict[str, Any]:
+    """Accelerator, number of processes, and peak memory in MiB: of the device, or of the process on a CPU."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        name, peak = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**20 if sys.platform == "darwin" else 2**10
+        )
+        name = device.type
+    return {"device": name, "world_size": trainer.world_size, "peak_memory_mib": round(peak, 1)}
+
+
+def figures_of(trainer: L.Trainer, prefix: str = "") -> dict[str, float]:
+    """Accuracies and label-free scores of the evaluation that has just ended."""
+    wanted = ("source_accuracy", "oracle/", "select/")
+    found = {k.removeprefix(prefix): v for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
+    return {k: float(v) for k, v in found.items() if k.startswith(wanted)}
+
+
+class RunSummary(L.Callback):
+    """Keeps the figures of each validation, and at the end of a fit prints them and writes ``summary.json``.
+
+    The history is part of the checkpoints, so that a resumed run has all of it. Target accuracies are there
+    for the report only: the epoch called *selected* is the one with the best label-free score.
+
+    Args:
+        dirpath: where ``summary.json`` goes; None: the trainer's ``default_root_dir``.
+        select_by: label-free score, one of ``uda.selection.SCORES``.
+        config: the run's config, for ``config_hash``.
+        show: print the table.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        select_by: str = "im",
+        config: Mapping[str, Any] | None = None,
+        show: bool = True,
+    ) -> None:
+        if select_by not in SCORES:
+            raise UDAError(f"select_by: unknown label-free score {select_by!r}. {nearest(select_by, SCORES)}")
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.select_by, self.show = select_by, show
+        self.config_hash = None if config is None else config_hash(config)
+        self.history: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self._before = 0.0
+        self._since: float | None = None
+
+    # ------------------------------------------------------------------------------------ over the run
+
+    @property
+    def seconds(self) -> float:
+        """Training time, that of interrupted parts included."""
+        return self._before + (0.0 if self._since is None else time.monotonic() - self._since)
+
+    def state_dict(self) -> dict[str, Any]:
+        """History and seconds."""
+        return {"history": self.history, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.history, self._before = list(state_dict["history"]), float(state_dict["seconds"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._since = time.monotonic()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take note of the figures."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **figures_of(trainer)}
+        if self.history and self.history[-1]["step"] == row["step"]:
+            self.history.pop()  # a run resumed inside its validation repeats it
+        self.history.append(row)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print and write."""
+        self.summary = self.make(trainer, pl_module)
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        folder = self.dirpath or Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / ".summary.json"
+        partial.write_text(json.dumps(self.summary, indent=2) + "\n")
+        partial.replace(folder / "summary.json")
+        if self.show:
+            print_table(self.summary)
+
+    # ------------------------------------------------------------------------------------- the summary
+
+    def best(self, key: str) -> dict[str, Any] | None:
+        """First validation with the largest figure ``key``."""
+        rows = [r for r in self.history if math.isfinite(r.get(key, math.nan))]
+        return max(rows, key=lambda r: r[key], default=None)
+
+    def make(self, trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
+        """The summary as plain data; accuracies are fractions of 1, and None where there are no labels."""
+        last = self.history[-1] if self.history else {}
+        score = f"select/{self.select_by}"
+        selected = self.best(score)
+        accuracies = {}
+        for name, key in TARGET.items():
+            rows = {"last": last, "selected": selected or {}, "oracle": self.best(key) or {}}
+            accuracies[name] = {which: rounded(row.get(key)) for which, row in rows.items()}
+        selection: dict[str, Any] = {"score": self.select_by, "epoch": None, "step": None, "value": None}
+        if selected is not None:
+            selection |= {
+                "epoch": selected["epoch"],
+                "step": selected["step"],
+                "value": rounded(selected[score]),
+            }
+        bad = getattr(getattr(trainer, "datamodule", None), "bad_images", None)
+        return {
+            "source_accuracy": rounded(last.get("source_accuracy")),
+            **accuracies,
+            "selection": selection,
+            "seconds": round(self.seconds, 3),
+            "steps": trainer.global_step,
+            "last_validation_step": last.get("step"),
+            "epochs": trainer.current_epoch,
+            "seed": getattr(model, "base_seed", None),
+            "source": list(getattr(model, "source_names", []) or []),
+            "target": getattr(model, "target_name", None),
+            "plugins": plugins_of(model),
+            "config_hash": self.config_hash,
+            "versions": versions(model),
+            **device_of(trainer),
+            "bad_images": dict(bad) if isinstance(bad, Mapping) else None,
+        }
+
+
+def rounded(value: float | None) -> float | None:
+    """Six digits: a float32 has no more."""
+    return None if value is None or not math.isfinite(value) else round(value, 6)
+
+
+def percent(value: float | None) -> str:
+    """``93.4``, or a dash."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def print_table(summary: dict[str, Any]) -> None:
+    """The table at the end of a fit."""
+    from rich.console import Console
+    from rich.table import Table
+
+    source = ", ".join(summary["source"]) or "no source"
+    table = Table(title=f"{source} -> {summary['target']}", title_justify="left", title_style="bold")
+    table.add_column("accuracy, %")
+    table.add_column("images", justify="right")
+    table.add_column("class mean", justify="right")
+    table.add_column("chosen by", overflow="fold")
+    instance, mean = summary["target_accuracy"], summary["target_class_accuracy"]
+    selection = summary["selection"]
+    chosen = (
+        "-"
+        if selection["epoch"] is None
+        else f"{selection['score']} (label-free), epoch {selection['epoch']}"
+    )
+    table.add_row("source", percent(summary["source_accuracy"]), "", "last epoch")
+    table.add_row("target", percent(instance["last"]), percent(mean["last"]), "last epoch")
+    table.add_row("target, selected", percent(instance["selected"]), percent(mean["selected"]), chosen)
+    table.add_row(
+        "target, oracle", percent(instance["oracle"]), percent(mean["oracle"]), "target labels: report only"
+    )
+    console = Console()
+    console.print(table)
+    if summary["last_validation_step"] not in (None, summary["steps"]):
+        console.print(
+            f"The last validation was at step {summary['last_validation_step']} of {summary['steps']}: make "
+            "the steps a multiple of data.epoch_steps to have figures of the end."
+        )
