@@ -75,7 +75,8 @@ def test_source_split_is_stratified_and_seeded():
 
 def test_index_split():
     train, held = split_by_index(50, 0.2, 0, "a", "test")
-    assert len(held) == 10 and np.array_equal(np.sort(np.concatenate([train, held])), np.arange(50))
+    assert len(held) == 10
+    assert np.array_equal(np.sort(np.concatenate([train, held])), np.arange(50))
     assert not np.array_equal(held, split_by_index(50, 0.2, 0, "a", "held_out")[1])
 
 
@@ -115,7 +116,8 @@ def test_held_out_images_are_in_no_target_batch(trainer, recorder):
     model = recorder(DefaultNeeds(held_out=True))
     trainer(max_epochs=3, limit_val_batches=0).fit(model, data)
     target, held = ({int(i) for b in model.seen for i in b[k]["index"]} for k in ("target", "held_out"))
-    assert len(held) == 15 and target == set(range(60)) - held
+    assert len(held) == 15
+    assert target == set(range(60)) - held
 
 
 def test_class_balanced_by_need_and_by_setting(trainer, recorder, npz):

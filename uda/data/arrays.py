@@ -178,7 +178,7 @@ def _named_labels(y: np.ndarray, given: np.ndarray | None, where: str) -> tuple[
 
 
 def _check_finite(x: np.ndarray, key: str, path: str) -> None:
-    if x.dtype.kind != "f":
+    if x.dtype.kind != "f" or not x.size:
         return
     bad = ~np.isfinite(x.reshape(len(x), -1)).all(axis=1)
     if bad.any():

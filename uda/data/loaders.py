@@ -145,6 +145,7 @@ class _Loader:
     ) -> None:
         self.dataset, self.name, self.log = dataset, name, log
         self._requests = _Requests()
+        self._live: Any = None
         self._loader = DataLoader(
             dataset,
             batch_size=None,
@@ -156,15 +157,33 @@ class _Loader:
             generator=Generator(),  # of its own: iterating must not draw from the run's random numbers
         )
 
+    @property
+    def _iterator(self) -> Any:
+        """The iterator of the workers, where Lightning looks for it to end them.
+
+        Left to the garbage collector, workers may wait five seconds each: their queue can be closed before
+        they are told to end.
+        """
+        return self._live
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        self._live = self._loader._iterator = value
+
     def _iterate(self, requests: Iterator[Request], length: int) -> Iterator[Batch]:
         self.log.report(self.name)  # what an epoch that was cut short left behind
         self._requests.requests = requests
-        for number, batch in enumerate(self._loader, 1):
-            if "bad" in batch:
-                self.log.add(self.name, batch.pop("bad"))
-            if number == length:
-                self.log.report(self.name)
-            yield batch
+        live = self._live = iter(self._loader)
+        try:
+            for number, batch in enumerate(live, 1):
+                if "bad" in batch:
+                    self.log.add(self.name, batch.pop("bad"))
+                if number == length:
+                    self.log.report(self.name)
+                yield batch
+        finally:
+            if not self._loader.persistent_workers and hasattr(live, "_shutdown_workers"):
+                live._shutdown_workers()
 
 
 class StreamLoader(_Loader):
@@ -215,8 +234,8 @@ class StreamLoader(_Loader):
         return self._iterate(self._requests_from_now(), self.steps)
 
     def _requests_from_now(self) -> Iterator[Request]:
-        # Asked at the first batch, not when the iterator is made: a trainer that estimates the number of steps
-        # for a learning-rate schedule makes it before it restores its counters.
+        # Asked at the first batch, not when the iterator is made: a trainer that estimates the number of
+        # steps for a learning-rate schedule makes it before it restores its counters.
         first = self._done()
         for i in range(self.steps):
             yield self.request(first + i)

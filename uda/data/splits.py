@@ -12,21 +12,23 @@ def split_by_class(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions to train on and to hold back, the same share of each class, each in rising order.
 
-    A class keeps at least one row for training. With a fraction above 0 at least one row in all is held back
-    where any class has two.
+    Shares are rounded so that the total comes out right (largest remainder). Every class keeps at least one
+    row for training. With a fraction above 0 at least one row is held back, where any class has two.
     """
-    held: list[np.ndarray] = []
-    classes = np.unique(labels)
-    for c in classes:
+    classes, sizes = np.unique(labels, return_counts=True)
+    total = max(round(fraction * len(labels)), 1 if fraction > 0 else 0)
+    quota = fraction * sizes
+    counts = np.minimum(np.floor(quota).astype(np.int64), sizes - 1)
+    by_remainder = np.argsort(-(quota - np.floor(quota)), kind="stable")
+    for i in by_remainder[: max(0, total - int(counts.sum()))]:
+        counts[i] += counts[i] < sizes[i] - 1
+    held = [np.empty(0, dtype=np.int64)]
+    for c, count in zip(classes, counts, strict=True):
         members = np.flatnonzero(labels == c)
-        count = min(round(fraction * len(members)), len(members) - 1)
         held.append(members[permutation(len(members), seed, name, "split", int(c))[:count]])
-    back = np.sort(np.concatenate(held)) if held else np.empty(0, dtype=np.int64)
-    if fraction > 0 and not len(back):
-        sizes = [int((labels == c).sum()) for c in classes]
-        largest = int(np.argmax(sizes))
-        if sizes[largest] > 1:
-            back = np.flatnonzero(labels == classes[largest])[-1:]
+    back = np.sort(np.concatenate(held))
+    if total and not len(back) and sizes.max() > 1:
+        back = np.flatnonzero(labels == classes[int(np.argmax(sizes))])[-1:]
     return np.setdiff1d(np.arange(len(labels)), back), back
 
 
