@@ -333,7 +333,7 @@ def test_first_result_wins_and_order_is_that_of_the_config(trainer):
     plugins = {"none": Labels(None), "one": Labels(1), "two": Labels(2)}
     model, running = fit(trainer, plugins)
     assert log == ["none", "one"] * STEPS * EPOCHS
-    assert list(dict(model.active())) == ["none", "one", "two"]
+    assert list(model.plugins) == ["none", "one", "two"]
 
 
 def test_features_are_chained(trainer):

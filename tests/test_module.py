@@ -292,3 +292,31 @@ def test_channels_last_gives_the_same_figures():
         options = {"bottleneck": 4, "num_classes": 2, "input_shape": [1, 8, 8], "channels_last": channels_last}
         outputs.append(uda.UDA("small_cnn", **options).eval()(x))
     torch.testing.assert_close(*outputs)
+
+
+def test_loading_a_checkpoint_fetches_no_weights(quiet_trainer, tmp_path, monkeypatch):
+    """Pretrained weights are fetched once, when training starts; afterwards the checkpoint has them."""
+    import timm
+
+    from uda.data import DataModule, Datasets
+    from uda.nn import Timm
+
+    asked = []
+    create = timm.create_model
+
+    def spy(name, pretrained=False, **options):
+        asked.append(pretrained)
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", spy)
+    images = torch.utils.data.TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8) % 2)
+    data = DataModule(
+        Datasets(source=images, target=images), source="source", target="target", batch_size=4, epoch_steps=1
+    )
+    model = uda.UDA(Timm("test_resnet.r160_in1k", pretrained=True), bottleneck=4)
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(model, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = uda.UDA.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert asked == [True, False]
+    assert torch.equal(again.eval()(torch.ones(1, 3, 32, 32)), model.eval()(torch.ones(1, 3, 32, 32)))

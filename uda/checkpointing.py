@@ -47,6 +47,16 @@ def remember(model: UDA, arguments: dict[str, Any]) -> None:
         model.save_hyperparameters({**plain_arguments(arguments), "_instantiator": INSTANTIATOR})
 
 
+def without_downloads(hparams: dict[str, Any]) -> dict[str, Any]:
+    """Hyperparameters whose backbone starts at random: the checkpoint holds its weights, so loading must fetch none."""
+    backbone = hparams.get("backbone")
+    if not isinstance(backbone, dict) or not isinstance(backbone.get("init_args"), dict):
+        return hparams
+    blank = {"pretrained": False, "weights": None}
+    arguments = {k: blank.get(k, v) for k, v in backbone["init_args"].items()}
+    return {**hparams, "backbone": {**backbone, "init_args": arguments}}
+
+
 def plugin_keys(state: dict[str, Any]) -> set[str]:
     """Keys of the plugins that have parameters or buffers in a state dict."""
     return {name.split(".")[1] for name in state if name.startswith("plugins.")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -286,13 +285,11 @@ class UDA(EvaluationLoop):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The seed of the step-wise randomness travels with the weights."""
         checkpoint["uda"] = {"base_seed": self.base_seed}
+        hparams = checkpoint.get("hyper_parameters", {})
+        checkpoint["hyper_parameters"] = checkpointing.without_downloads(dict(hparams))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what does not fit, by name."""
         self.base_seed = checkpoint.get("uda", {}).get("base_seed", self.base_seed)
         if self.feature_dim is not None:
             checkpointing.check_resume(self, checkpoint["state_dict"])
-
-    def active(self) -> Iterator[tuple[str, Plugin]]:
-        """Plugins by key, in call order."""
-        yield from self.plugins.items()  # type: ignore[misc]
