@@ -12,23 +12,29 @@ def test_is_a_function_of_its_arguments_alone():
     x, y = render_digits(50, seed=3)
     np.random.seed(2)
     again, labels = render_digits(50, seed=3)
-    assert np.array_equal(x, again) and np.array_equal(y, labels)
+    assert np.array_equal(x, again)
+    assert np.array_equal(y, labels)
     assert not np.array_equal(x, render_digits(50, seed=4)[0])
 
 
 def test_shapes_range_and_balance():
     x, y = render_digits(205, seed=0)
-    assert x.shape == (205, 1, 8, 8) and x.dtype == np.float32
-    assert y.shape == (205,) and y.dtype == np.int64
-    assert x.min() == 0.0 and x.max() == 1.0
+    assert x.shape == (205, 1, 8, 8)
+    assert x.dtype == np.float32
+    assert y.shape == (205,)
+    assert y.dtype == np.int64
+    assert x.min() == 0.0
+    assert x.max() == 1.0
     assert np.array_equal(x * 16, np.round(x * 16))  # counts of 16 pixels, as in the target
     counts = np.bincount(y, minlength=10)
-    assert counts.min() == 20 and counts.max() == 21
+    assert counts.min() == 20
+    assert counts.max() == 21
 
 
 def test_every_image_fills_the_height_as_the_handwritten_digits_do():
     for x in (render_digits(200, seed=1)[0], handwritten_digits()[0]):
-        assert (x[:, 0, 0].max(axis=1) > 0).all() and (x[:, 0, -1].max(axis=1) > 0).all()
+        assert (x[:, 0, 0].max(axis=1) > 0).all()
+        assert (x[:, 0, -1].max(axis=1) > 0).all()
 
 
 @pytest.mark.parametrize("font", FONTS)
@@ -37,7 +43,8 @@ def test_font_draws_ten_different_digits_within_the_canvas(font):
     assert len({image.tobytes() for image in drawn}) == 10
     for image in drawn:
         assert (image > 127).sum() > 100
-        assert not image[[0, -1]].any() and not image[:, [0, -1]].any()
+        assert not image[[0, -1]].any()
+        assert not image[:, [0, -1]].any()
     # A missing glyph would be the same empty box or a letter: figures differ in a good part of their pixels.
     overlap = [(a > 127)[b > 127].mean() for i, a in enumerate(drawn) for b in drawn[:i]]
     assert max(overlap) < 0.99
@@ -53,14 +60,17 @@ def test_classes_are_told_apart_across_samples():
 
 def test_handwritten_digits():
     x, y = handwritten_digits()
-    assert x.shape == (1797, 1, 8, 8) and x.dtype == np.float32
-    assert y.shape == (1797,) and y.dtype == np.int64
-    assert x.min() == 0.0 and x.max() == 1.0
+    assert x.shape == (1797, 1, 8, 8)
+    assert x.dtype == np.float32
+    assert y.shape == (1797,)
+    assert y.dtype == np.int64
+    assert x.min() == 0.0
+    assert x.max() == 1.0
     assert set(y.tolist()) == set(range(10))
 
 
 @pytest.mark.parametrize(
-    "arguments, word",
+    ("arguments", "word"),
     [
         ({"n": 0}, "n=0"),
         ({"fonts": ()}, "font"),

@@ -126,7 +126,7 @@ def render_digits(
         raise UDAError("render_digits needs at least one font; leave fonts out to use them all.")
     if not (0 <= rotation <= 90 and 0 <= shear <= 1 and 0 <= stretch < 1 and max_stroke >= 0):
         raise UDAError(
-            "render_digits needs rotation in [0, 90], shear in [0, 1], stretch in [0, 1) and max_stroke >= 0, "
+            "render_digits needs rotation in [0, 90], shear in [0, 1], stretch in [0, 1), max_stroke >= 0, "
             f"got rotation={rotation}, shear={shear}, stretch={stretch}, max_stroke={max_stroke}."
         )
     rng = np.random.default_rng(seed)
