@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from uda import running
 from uda.passes import DomainPool, PoolCollector
 from uda.plugin import Prediction
-from uda.selection import default_scores
+from uda.selection.shared import SharedScores
 from uda.step import DomainBatch
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Evaluation:
     def __init__(self, model: UDA) -> None:
         self.model = model
         self.confusions: dict[tuple[str, str], MulticlassConfusionMatrix] = {}
-        self.scores = {name: score.to(model.device) for name, score in default_scores().items()}
+        self.scores = SharedScores(model, pool=not model.trainer.sanity_checking)
         self.collectors: dict[str, PoolCollector] = {}
         self.pools: dict[str, DomainPool] = {}
 
@@ -57,9 +57,7 @@ class Evaluation:
             metric = MulticlassConfusionMatrix(self.model.num_classes + 1, validate_args=False)
             self.confusions[key] = metric.to(self.model.device)
         self.confusions[key].update(label[known], y[known].clamp(max=self.model.num_classes))
-        if batch.role == "target":
-            for score in self.scores.values():
-                score.update(batch.logits[rows])
+        self.scores.update(batch, rows, y if batch.role == "source" else None)
         if batch.name in self.collectors:
             collector = self.collectors[batch.name]
             collector.add(batch.index[rows], batch.features[rows], batch.logits[rows], y[rows])
@@ -82,9 +80,7 @@ class Evaluation:
                 out[f"{ORACLE}target_class_accuracy"] = class_mean
         if source:
             out["source_accuracy"] = sum(source) / len(source)
-        for name, score in self.scores.items():
-            if score.update_called:
-                out[f"select/{name}"] = float(score.compute())
+        out |= self.scores.compute()
         self.pools = {name: c.pool(self.model) for name, c in self.collectors.items()}
         return out
 
@@ -124,7 +120,10 @@ class EvaluationLoop(L.LightningModule):
         if self.trainer.state.fn == "fit":
             self._pools = (running.batches_done(self.trainer), self._evaluation.pools)
         self._evaluation = None
-        self.log_dict({prefix + k: v for k, v in values.items()})
+        shown = {prefix + k: v for k, v in values.items() if not k.startswith("guarded/")}
+        self.log_dict(shown)
+        if not prefix:  # only for callbacks that monitor; loggers get the plain scores and select/collapsed
+            self.log_dict({k: v for k, v in values.items() if k.startswith("guarded/")}, logger=False)
 
     def owned_rows(self, index: Tensor) -> Tensor:
         """Rows ``[B]`` that this rank answers for: padding that only evens out the ranks is dropped."""
@@ -139,7 +138,7 @@ class EvaluationLoop(L.LightningModule):
         self._evaluate(batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``source_accuracy``, ``oracle/...`` and ``select/...``."""
+        """Log ``source_accuracy``, ``oracle/...``, ``select/...``, and ``guarded/...`` for callbacks to monitor."""
         self._finish_evaluation("")
 
     def on_test_epoch_start(self) -> None:

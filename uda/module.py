@@ -22,6 +22,7 @@ from uda.manual import ManualUpdates
 from uda.nn import Bottleneck, domain_context, feature_size, make_backbone, make_head, use_channels_last
 from uda.optim import InverseDecay, Schedule, build_optimizer, build_scheduler, default_optimizer
 from uda.plugin import DataNeeds, Plugin
+from uda.selection.shared import ScoreOptions
 from uda.step import DomainBatch, Step
 
 
@@ -48,6 +49,7 @@ class UDA(EvaluationLoop):
         manual_accumulate: batches a step for manual methods; others use ``accumulate_grad_batches``.
         compile_backbone: run the backbone through ``torch.compile``; ``channels_last``: images channels last.
         check_finite: stop at the first NaN or infinite objective, naming step, objective and plugin.
+        scores, score_options: label-free scores (None: cheap ones), their cap, seed, thresholds (docs/selection.md).
         num_classes, class_names, input_shape, sizes, source_names, target_name: filled in from the data module;
             to be given only where there is none.
     """
@@ -72,6 +74,8 @@ class UDA(EvaluationLoop):
         compile_backbone: bool = False,
         channels_last: bool = False,
         check_finite: bool = True,
+        scores: list[str] | None = None,
+        score_options: dict[str, float] | None = None,
         num_classes: int | None = None,
         class_names: list[str] | None = None,
         input_shape: list[int] | None = None,
@@ -89,6 +93,7 @@ class UDA(EvaluationLoop):
         self.hooks = Hooks(plugins)
         require_manual(plugins.values())
         self.gate_level, self.label_smoothing, self.check_finite = gate_level, label_smoothing, check_finite
+        self.score_options = ScoreOptions.make(scores, score_options)
         self.manual_clip, self.manual_accumulate = manual_clip, manual_accumulate
         self._optimizer, self._schedule, self._backbone_lr_scale = optimizer, schedule, backbone_lr_scale
         self._init_from, self._compile = init_from, compile_backbone
