@@ -37,7 +37,11 @@ class Detached(uda.Plugin):
 
     @uda.hookimpl
     def align_features(self, step):
-        return {"gap": (step.source.features.detach().mean(0) - step.target.features.detach().mean(0)).square().sum()}
+        return {
+            "gap": (step.source.features.detach().mean(0) - step.target.features.detach().mean(0))
+            .square()
+            .sum()
+        }
 
 
 class OwnOnly(uda.Plugin):

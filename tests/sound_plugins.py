@@ -125,7 +125,8 @@ class TeacherAndBank(uda.Plugin):
         remembered = self.bank.read("features", step.target.index)
         features = step.target.features.float()
         return {
-            "teacher": self.weight * uda.losses.soft_cross_entropy(step.target.view("strong").logits, teacher),
+            "teacher": self.weight
+            * uda.losses.soft_cross_entropy(step.target.view("strong").logits, teacher),
             "memory": self.weight * (features - remembered + 0.1 * self.centre).square().mean(),
         }
 
@@ -138,5 +139,6 @@ class TeacherAndBank(uda.Plugin):
 
 
 SOUND = [
-    WeighsOnly, LabelsOnly, RejectsOnly, TransformsOnly, MixesOnly, AdaptsOnly, SourceFree, TwoPhases, TeacherAndBank,
+    WeighsOnly, LabelsOnly, RejectsOnly, TransformsOnly, MixesOnly, AdaptsOnly, SourceFree, TwoPhases,
+    TeacherAndBank,
 ]  # fmt: skip

@@ -60,7 +60,13 @@ class Recorder(uda.Plugin):
 
     @uda.hookimpl
     def refresh(self, model, bank):
-        self.note("refresh", source=bank.source, sources=list(bank.sources), target=bank.target, training=model.training)
+        self.note(
+            "refresh",
+            source=bank.source,
+            sources=list(bank.sources),
+            target=bank.target,
+            training=model.training,
+        )
 
     @uda.hookimpl
     def prepare_batch(self, step):
@@ -100,7 +106,11 @@ class Recorder(uda.Plugin):
 
     @uda.hookimpl
     def optimise(self, step, objectives):
-        self.note("optimise", names=list(objectives), groups=[g["name"] for g in step.model.optimizers().param_groups])
+        self.note(
+            "optimise",
+            names=list(objectives),
+            groups=[g["name"] for g in step.model.optimizers().param_groups],
+        )
         if self.steps_by_hand:
             step.model.manual_update(sum(objectives.values()))
             return True
@@ -163,7 +173,8 @@ def test_order_in_a_step(trainer):
     step = order[start : order.index("after_step") + 1]
     forwards = [name for name in step if name != "transform_features"]
     assert forwards == [
-        "prepare_batch", "align_features", "pseudo_label", "refine_classifier", "weigh_objectives", "after_step",
+        "prepare_batch", "align_features", "pseudo_label", "refine_classifier", "weigh_objectives",
+        "after_step",
     ]  # fmt: skip
     assert order[:start].count("refresh") == 1
     assert {"build", "data_needs", "param_groups"} <= set(order[:start])
@@ -177,7 +188,7 @@ def test_build_knows_the_sizes(trainer):
     model, _ = fit(trainer, {"rec": AutomaticRecorder()})
     calls = model.plugins["rec"].seen("build")
     assert calls[0]["dims"] == (6, 3)
-    assert calls[0]["sizes"] == {"source": 42, "target": 48}
+    assert calls[0]["sizes"] == data().sizes
 
 
 def test_data_needs_are_served(trainer):
@@ -202,13 +213,14 @@ def test_data_needs_are_served(trainer):
 
 def test_refresh_sees_whole_domains_without_gradient(trainer):
     model, _ = fit(trainer, {"rec": AutomaticRecorder()})
+    sizes = data().sizes
     for seen in model.plugins["rec"].seen("refresh"):
         assert not seen["grad"]
         assert seen["training"]
         assert seen["sources"] == ["source"]
-        assert seen["source"].features.shape == (42, 6)
-        assert seen["source"].y.bincount().tolist() == [14, 14, 14]
-        assert seen["target"].logits.shape == (48, 3)
+        assert seen["source"].features.shape == (sizes["source"], 6)
+        assert seen["source"].y.bincount().min() >= 14  # three classes of 16 rows, a share held back
+        assert seen["target"].logits.shape == (sizes["target"], 3)
         assert seen["target"].y is None
 
 
@@ -270,7 +282,7 @@ def test_after_step_is_without_gradient_and_knows_of_accumulation(trainer):
 
 def test_param_groups_claim_and_scale(trainer):
     recorder = AutomaticRecorder()
-    model, running = fit(trainer, {"rec": recorder}, {"schedule": uda.optim.Constant()})
+    _, running = fit(trainer, {"rec": recorder}, {"schedule": uda.optim.Constant()})
     groups = {g["name"]: g for g in running.optimizers[0].param_groups}
     assert groups["own"]["lr"] == pytest.approx(0.5 * groups["head"]["lr"])
     assert groups["own"]["weight_decay"] == 0.0
@@ -323,7 +335,11 @@ def test_first_result_wins_and_order_is_that_of_the_config(trainer):
         @uda.hookimpl
         def pseudo_label(self, step):
             log.append(self.key)
-            return None if self.answer is None else uda.PseudoLabels(torch.full((len(step.target),), self.answer))
+            return (
+                None
+                if self.answer is None
+                else uda.PseudoLabels(torch.full((len(step.target),), self.answer))
+            )
 
         @uda.hookimpl
         def refine_classifier(self, step):
@@ -331,7 +347,7 @@ def test_first_result_wins_and_order_is_that_of_the_config(trainer):
             return {"x": 0.1 * step.target.logits.square().mean()}
 
     plugins = {"none": Labels(None), "one": Labels(1), "two": Labels(2)}
-    model, running = fit(trainer, plugins)
+    model, _ = fit(trainer, plugins)
     assert log == ["none", "one"] * STEPS * EPOCHS
     assert list(model.plugins) == ["none", "one", "two"]
 
@@ -464,7 +480,9 @@ def test_error_in_a_hook_names_plugin_and_hook(trainer):
         def align_features(self, step):
             return step.nothing
 
-    with pytest.raises(uda.PluginError, match=r"Plugin 'bad' failed in hook 'align_features': AttributeError"):
+    with pytest.raises(
+        uda.PluginError, match=r"Plugin 'bad' failed in hook 'align_features': AttributeError"
+    ):
         fit(trainer, {"bad": Fails()})
 
 
@@ -474,5 +492,5 @@ def test_unknown_argument_of_a_hook_is_named():
         def align_features(self, batch):
             return {}
 
-    with pytest.raises(uda.UDAError, match="hook 'align_features' has no argument 'batch'. It offers step"):
+    with pytest.raises(uda.UDAError, match=r"hook 'align_features' has no argument 'batch'\. It offers step"):
         make({"wrong": Wrong()})

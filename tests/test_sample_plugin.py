@@ -1,4 +1,4 @@
-"""The sample distribution: the documentation shows its code, and (slow) it installs, trains and passes its tests."""
+"""The sample distribution: the page shows its code, and (slow) it installs, trains and passes its tests."""
 
 from __future__ import annotations
 
@@ -51,9 +51,22 @@ def test_sample_names_are_no_part_of_the_package():
 def installed(tmp_path_factory):
     """The sample installed beside the environment: its folder and the variables that make it visible."""
     place = tmp_path_factory.mktemp("sample")
-    source = shutil.copytree(SAMPLE, place / "source", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
-    done = subprocess.run([*pip, "--target", str(place / "site"), str(source)], capture_output=True, text=True)
+    source = shutil.copytree(
+        SAMPLE, place / "source", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+    )
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+    ]
+    done = subprocess.run(
+        [*pip, "--target", str(place / "site"), str(source)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     path = os.pathsep.join([str(place / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     return source, {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -61,7 +74,9 @@ def installed(tmp_path_factory):
 
 def run(command: list[str], installed, **options) -> str:
     source, env = installed
-    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, cwd=source, **options)
+    done = subprocess.run(
+        [sys.executable, *command], env=env, capture_output=True, text=True, cwd=source, **options
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 import yaml
 
 import uda
@@ -83,7 +83,16 @@ def test_generated_code_is_clean(tmp_path):
 
 def install(folder: Path, target: Path) -> dict[str, str]:
     """Install a distribution beside the environment; gives the variables that make it visible."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+    ]
     done = subprocess.run([*pip, "--target", str(target), str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path = os.pathsep.join([str(target), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -95,7 +104,9 @@ def test_new_distribution_installs_and_passes_its_tests(tmp_path):
     folder = new_plugin("uda-my-method", tmp_path)
     env = install(folder, tmp_path / "site")
     found = "from uda.discovery import registry; print(registry().plugins['MyMethod'].distribution)"
-    done = subprocess.run([sys.executable, "-c", found], env=env, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", found], env=env, capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.stdout.strip() == "uda-my-method", done.stderr
     pytest_run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests"]
     done = subprocess.run(pytest_run, env=env, capture_output=True, text=True, cwd=folder)

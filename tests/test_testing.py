@@ -73,7 +73,10 @@ def test_sound_plugin_passes_under_two_processes(cls):
 @pytest.mark.parametrize("sources", [1, 2])
 def test_images_and_several_sources(sources):
     report = check_plugin(
-        sound.TeacherAndBank, kind="images", sources=sources, only=["construction", "lifecycle", "liveness", "resume"]
+        sound.TeacherAndBank,
+        kind="images",
+        sources=sources,
+        only=["construction", "lifecycle", "liveness", "resume"],
     )
     assert report.objectives == ["teacher", "memory"]
 

@@ -34,7 +34,8 @@ def names_of(name: str) -> dict[str, str]:
         near = re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower()).strip("-")
         hint = f" For example {near!r}." if _NAME.fullmatch(near) else ""
         raise UDAError(
-            f"{name!r} cannot name a plugin distribution: use lower-case letters, digits and single hyphens, with "
+            f"{name!r} cannot name a plugin distribution: use lower-case letters, digits and single "
+            "hyphens, with "
             f"a letter first.{hint}"
         )
     package = name.replace("-", "_")
@@ -43,11 +44,13 @@ def names_of(name: str) -> dict[str, str]:
         raise UDAError(f"{name!r} cannot name a plugin distribution: a letter must follow 'uda-'.")
     module = short.replace("-", "_")
     if keyword.iskeyword(package) or keyword.iskeyword(module):
-        raise UDAError(f"{name!r} is a word of the Python language: take another name, such as 'uda-{name}-method'.")
+        raise UDAError(
+            f"{name!r} is a word of the Python language: take another name, such as '{name}-method'."
+        )
     if package == "uda" or importlib.util.find_spec(package) is not None:
         raise UDAError(
-            f"There is a package {package!r} already, which a distribution {name!r} would hide: take another name, "
-            f"such as {'uda-' + name if package != 'uda' and not name.startswith('uda-') else name + '-method'!r}."
+            f"There is a package {package!r} already, which a distribution {name!r} would hide: take another "
+            f"name, such as {name + '-method' if name.startswith('uda') else 'uda-' + name!r}."
         )
     cls = "".join(part.capitalize() for part in short.split("-"))
     return {"dist": name, "package": package, "module": module, "cls": cls}
@@ -74,12 +77,15 @@ def new_plugin(name: str, directory: str | Path = ".") -> Path:
 
     if names["cls"] in registry().plugins or names["cls"] in registry().clashes:
         raise UDAError(
-            f"An installed distribution offers a plugin {names['cls']!r} already: two of one name could only be used "
+            f"An installed distribution offers a plugin {names['cls']!r} already: two of one name could "
+            "only be used "
             "by their full class path. Take another name."
         )
     folder = Path(directory).expanduser() / name
     if folder.exists():
-        raise UDAError(f"{str(folder)!r} exists already, and nothing is overwritten: choose another name or place.")
+        raise UDAError(
+            f"{str(folder)!r} exists already and is not overwritten: choose another name or place."
+        )
     template = resources.files("uda") / "template"
     texts = {
         target.format(**names): _filled((template / source).read_text(encoding="utf-8"), names)

@@ -18,10 +18,11 @@ from typing import Any, Literal
 from uda.plugin import Plugin
 from uda.testing.bench import Bench, quiet
 from uda.testing.distributed import ddp as _ddp
-from uda.testing.fitness import checkpoint, construction, global_state, kept_globals, lifecycle
+from uda.testing.fitness import checkpoint, construction, lifecycle
 from uda.testing.liveness import liveness as _liveness
 from uda.testing.report import CheckFailed, PluginWarning, Report
 from uda.testing.runs import accumulation, no_label_leak, precision, resume
+from uda.testing.surroundings import global_state, kept_globals
 from uda.testing.task import TinyTask
 
 __all__ = ["CHECKS", "CheckFailed", "PluginWarning", "Report", "TinyTask", "check_plugin"]
@@ -62,8 +63,8 @@ def check_plugin(
     Args:
         cls: the plugin class.
         init_args: plain constructor arguments.
-        partners: other plugins by key that the method needs beside it (objects, names or class_path dicts). A plugin
-            that only weighs objectives or only gives pseudo-labels gets one by itself.
+        partners: other plugins by key that the method needs beside it (objects, names or class_path dicts). A
+            plugin that only weighs objectives or only gives pseudo-labels gets one by itself.
         kind: inputs of the task: rows of 6 numbers, or images 1x8x8.
         sources: number of source domains.
         ddp: train under two processes as well.
@@ -79,7 +80,7 @@ def check_plugin(
         What was checked, skipped and warned of; ``print(report)`` shows it.
 
     Raises:
-        CheckFailed: (an ``AssertionError``) at the first check that does not hold; it names plugin, check and remedy.
+        CheckFailed: (an ``AssertionError``) at the first check that does not hold, with what to do.
     """
     reasons = dict(skip or {})
     if not ddp:
@@ -96,9 +97,15 @@ def check_plugin(
     report = Report(cls.__name__)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, quiet():
         bench = Bench(
-            cls, dict(init_args or {}), dict(partners or {}), kind, sources, dict(model_args or {}), dict(data_args or {}),
+            cls,
+            dict(init_args or {}),
+            dict(partners or {}),
+            kind,
+            sources,
+            dict(model_args or {}),
+            dict(data_args or {}),
             folder,
-        )  # fmt: skip
+        )
         for name in [n for n in CHECKS if n in chosen]:
             if name in reasons:
                 report.skipped[name] = reasons[name]

@@ -32,9 +32,11 @@ def _payload(bench: Bench) -> Path:
         blob = pickle.dumps(bench)
     except Exception as error:
         raise CheckFailed(
-            bench.cls.__name__, "ddp", f"the plugin class cannot be sent to another process: {error}",
+            bench.cls.__name__,
+            "ddp",
+            f"the plugin class cannot be sent to another process: {error}",
             "define it at the top level of a module (not inside a function), and pass plain arguments",
-        ) from error  # fmt: skip
+        ) from error
     folder = Path(bench.folder)
     (folder / "bench.pickle").write_bytes(blob)
     payload = {
@@ -49,7 +51,7 @@ def _payload(bench: Bench) -> Path:
 
 
 def _launch(payload: Path, timeout: float) -> tuple[str, list[str]]:
-    """Run both processes: ``""`` when all is well or what went wrong, and the end of each process's output."""
+    """Run both processes; gives what went wrong (``""`` for nothing) and the end of each one's output."""
     port, folder = _free_port(), payload.parent
     logs = [folder / f"log{rank}.txt" for rank in range(WORLD)]
     processes = []
@@ -99,7 +101,8 @@ def ddp(bench: Bench, report: Report, timeout: float = 180.0) -> None:
         remedy = "call collective operations (Bank.write, gather_rows) in all processes and in the same order"
         if "unused" in outputs[0] or "did not receive grad" in outputs[0]:
             remedy = (
-                "let every trainable parameter take part in each step's objectives, freeze it (requires_grad_(False)), or "
+                "let every trainable parameter take part in each step's objectives, freeze it "
+                "(requires_grad_(False)), or "
                 "set unused_parameters = True on the class"
             )
         raise CheckFailed(name, "ddp", f"{wrong}. Its last output:\n{outputs[0]}", remedy)
@@ -107,9 +110,12 @@ def ddp(bench: Bench, report: Report, timeout: float = 180.0) -> None:
     for number, (one, other) in enumerate(zip(*ranks, strict=True)):
         if different := sorted(k for k in one.keys() | other.keys() if one.get(k) != other.get(k)):
             raise CheckFailed(
-                name, "ddp", f"after batch {number} the processes hold different values of {different[0]!r}",
-                "write memories from gathered data only: uda.nn.Bank.write, or uda.nn.gather_rows before you write to a "
+                name,
+                "ddp",
+                f"after batch {number} the processes hold different values of {different[0]!r}",
+                "write memories from gathered data only: uda.nn.Bank.write, or uda.nn.gather_rows before "
+                "you write to a "
                 "buffer; draw random numbers for shared state from a generator seeded alike on all processes",
-            )  # fmt: skip
+            )
     for r in range(WORLD):
         (payload.parent / f"rank{r}.json").unlink()

@@ -1,13 +1,11 @@
-"""Checks that need no second training: construction, lifecycle, checkpoint, global state."""
+"""Checks that need no second training: construction, lifecycle, checkpoint."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +101,11 @@ def lifecycle(bench: Bench, report: Report) -> None:
             )
     except Exception as error:
         raise CheckFailed(
-            bench.cls.__name__, "lifecycle", f"{stage} raised {type(error).__name__}: {error}",
+            bench.cls.__name__,
+            "lifecycle",
+            f"{stage} raised {type(error).__name__}: {error}",
             "read the traceback above; the task has 3 classes, batches of 8, and features of width 8",
-        ) from error  # fmt: skip
+        ) from error
     rows = torch.cat([batch["index"] for batch in out])
     label = torch.cat([batch["label"] for batch in out])
     score = torch.cat([batch["score"] for batch in out])
@@ -115,9 +115,12 @@ def lifecycle(bench: Bench, report: Report) -> None:
         or not bool(((label >= 0) & (label < model.num_classes)).all())
     ):
         raise CheckFailed(
-            bench.cls.__name__, "lifecycle", f"predict gave labels of shape {tuple(label.shape)} for 48 samples",
-            "return one class id in [0, num_classes) a sample from predict, and mark unknowns in Prediction.unknown",
-        )  # fmt: skip
+            bench.cls.__name__,
+            "lifecycle",
+            f"predict gave labels of shape {tuple(label.shape)} for {len(rows)} samples",
+            "return one class id in [0, num_classes) a sample from predict, and mark unknowns in "
+            "Prediction.unknown",
+        )
     if score.is_floating_point() and not bool(score.isfinite().all()):
         raise CheckFailed(
             bench.cls.__name__, "lifecycle", "predict gave scores that are not finite", "check predict"
@@ -177,7 +180,8 @@ def checkpoint(bench: Bench, report: Report) -> None:
     except Exception as error:
         raise fail(
             f"load_from_checkpoint raised {type(error).__name__}: {error}",
-            "keep numbers, names and tensors in the state (get_extra_state included), and take plain arguments",
+            "keep numbers, names and tensors in the state (get_extra_state included), and take plain "
+            "arguments",
         ) from error
     if wrong := difference(predictions(loaded, x), expected):
         raise fail(
@@ -206,7 +210,8 @@ def checkpoint(bench: Bench, report: Report) -> None:
 
 
 _NO_CLOSURES = (
-    "keep no lambda, open file, generator, lock or local function as an attribute: name a method or a function of the "
+    "keep no lambda, open file, generator, lock or local function as an attribute: name a method or a "
+    "function of the "
     "module instead"
 )
 
@@ -235,81 +240,6 @@ def _built_again(model: UDA, fail: Any) -> None:
     if changed:
         raise fail(
             f"a second call of build changes {changed[0]!r}",
-            "build runs before each fit and test: return at once when the parts are there (if self.head is None: ...)",
+            "build runs before each fit and test: return at once when the parts are there (if self.head is "
+            "None: ...)",
         )
-
-
-def switches() -> dict[str, Any]:
-    """Global switches of torch that a plugin has no business with."""
-    return {
-        "default dtype": torch.get_default_dtype(),
-        "grad mode": torch.is_grad_enabled(),
-        "inference mode": torch.is_inference_mode_enabled(),
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "anomaly detection": torch.is_anomaly_enabled(),
-        "autocast": torch.is_autocast_enabled("cpu"),
-        "float32 matmul precision": torch.get_float32_matmul_precision(),
-        "cudnn.benchmark": torch.backends.cudnn.benchmark,
-        "cudnn.deterministic": torch.backends.cudnn.deterministic,
-        "number of threads": torch.get_num_threads(),
-    }
-
-
-def _restore(state: dict[str, Any]) -> None:
-    torch.set_default_dtype(state["default dtype"])
-    torch.set_grad_enabled(state["grad mode"])
-    torch.use_deterministic_algorithms(state["deterministic algorithms"])
-    torch.set_anomaly_enabled(state["anomaly detection"])
-    torch.set_float32_matmul_precision(state["float32 matmul precision"])
-    torch.backends.cudnn.benchmark = state["cudnn.benchmark"]
-    torch.backends.cudnn.deterministic = state["cudnn.deterministic"]
-    torch.set_num_threads(state["number of threads"])
-
-
-def _settings(trainer: Any) -> dict[str, Any]:
-    names = ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision", "num_devices",
-             "check_val_every_n_epoch", "log_every_n_steps", "limit_train_batches", "limit_val_batches")  # fmt: skip
-    return {**{n: getattr(trainer, n) for n in names}, "callbacks": [id(c) for c in trainer.callbacks]}
-
-
-@contextlib.contextmanager
-def kept_globals() -> Iterator[dict[str, Any]]:
-    """Put torch's switches back at the end; gives their values at the start."""
-    before = switches()
-    try:
-        yield before
-    finally:
-        _restore(before)
-
-
-def global_state(bench: Bench, report: Report) -> None:
-    """Neither torch's switches nor the trainer are changed, and the caller's random numbers have no influence."""
-    results = []
-    for noise in (11, 12):
-        model, trainer, data = bench.built(), bench.trainer(), bench.data()
-        before = _settings(trainer)
-        torch.manual_seed(noise)
-        with kept_globals() as were:
-            trainer.fit(model, data)
-            are = switches()
-        if wrong := [k for k in were if were[k] != are[k]]:
-            raise CheckFailed(
-                bench.cls.__name__,
-                "global_state",
-                f"it leaves torch's {wrong[0]} at {are[wrong[0]]}",
-                "set no global switch; use a context manager (torch.no_grad, torch.autocast) where one is needed",
-            )
-        after = _settings(trainer)
-        if wrong := [k for k in before if before[k] != after[k]]:
-            raise CheckFailed(
-                bench.cls.__name__, "global_state", f"it changes trainer.{wrong[0]}",
-                "leave the trainer alone: say in data_needs, manual or unused_parameters what the method wants",
-            )  # fmt: skip
-        results.append(state_of(model))
-    if wrong := difference(*results):
-        raise CheckFailed(
-            bench.cls.__name__, "global_state",
-            f"two runs of one seed differ in {wrong[0]!r} when other random numbers were drawn before them",
-            "draw in hooks of a step from torch's default generator (it is seeded for each step), or from a generator "
-            "made from model.base_seed; draw nothing at build that a seed does not fix",
-        )  # fmt: skip

@@ -16,6 +16,7 @@ from uda.testing.runs import objectives_of
 #: Two runs whose weights differ by less than this are the same: rounding gives 1e-7 in eight steps.
 SAME = 1e-6
 OBJECTIVES = ("align_features", "refine_classifier")
+OTHER_EFFECTS = {"predict", "adapt", "transform_features", "prepare_batch", "optimise", "pseudo_label"}
 
 
 class _Reach:
@@ -63,20 +64,23 @@ def _check_reach(bench: Bench, reach: _Reach) -> None:
         else:
             wrong = f"the gradient of objective {short!r} is zero on every parameter"
         raise CheckFailed(
-            name, "liveness", wrong,
-            "compute it from step.*.features or step.*.logits without detach, .item() or no_grad; a figure that is not to "
+            name,
+            "liveness",
+            wrong,
+            "compute it from step.*.features or step.*.logits without detach, .item() or no_grad; a figure "
+            "that is not to "
             "be minimised belongs in self.log_later",
-        )  # fmt: skip
-    others = {"predict", "adapt", "transform_features", "prepare_batch", "optimise", "pseudo_label"} & set(
-        bench.hooks
-    )
+        )
+    others = OTHER_EFFECTS & set(bench.hooks)
     if reach.size and not any(v > 0 for v in reach.shared.values()) and not others:
         raise CheckFailed(
-            name, "liveness",
-            f"no objective ({', '.join(k.removeprefix(KEY + '/') for k in reach.size)}) reaches backbone, bottleneck or "
+            name,
+            "liveness",
+            f"no objective ({', '.join(k.removeprefix(KEY + '/') for k in reach.size)}) reaches backbone, "
+            "bottleneck or "
             "classifier: they train the plugin's own parameters only",
             "do not detach the features that the method is to change",
-        )  # fmt: skip
+        )
 
 
 def _outcome(
@@ -97,7 +101,7 @@ def _baseline(bench: Bench, live: Observed) -> tuple[Observed, str]:
     """The run to differ from, with the same initial weights, and what it is called."""
     if "weight" in inspect.signature(bench.cls.__init__).parameters:
         try:
-            return bench.built(bench.plugin(weight=0.0), plain=True), "weight=0"
+            return bench.built(bench.plugin(weight=0.0), plain=True), "with weight=0"
         except ValueError:  # some methods do not take a weight of zero
             pass
     model = bench.built(without=True, plain=True)
@@ -121,26 +125,33 @@ def liveness(bench: Bench, report: Report) -> None:
     report.objectives = [k.removeprefix(KEY + "/") for k in reach.size]
     if set(OBJECTIVES) & set(bench.hooks) and not reach.size and not bench.manual:
         raise CheckFailed(
-            bench.cls.__name__, "liveness", f"{' and '.join(set(OBJECTIVES) & set(bench.hooks))} gave no objective in any step",
+            bench.cls.__name__,
+            "liveness",
+            f"{' and '.join(set(OBJECTIVES) & set(bench.hooks))} gave no objective in any step",
             "return {name: scalar}; check the condition under which nothing is returned",
-        )  # fmt: skip
+        )
     _check_reach(bench, reach)
-    if not live.data_needs.source and called != "weight=0":
-        base_weights, base_predicted, called = start, None, "the initial weights"
+    if not live.data_needs.source and called != "with weight=0":
+        base_weights, base_predicted, called = start, None, "before its first step"
     else:
         base_weights, base_predicted = _outcome(bench, baseline, x, adapts)
     changed = largest_gap(weights, base_weights) > SAME or weights.keys() != base_weights.keys()
     if reach.size and not changed:
         raise CheckFailed(
-            bench.cls.__name__, "liveness", f"the trained weights equal those of the run with {called}".replace("with without", "without"),
+            bench.cls.__name__,
+            "liveness",
+            f"the trained weights equal those of the run {called}",
             "the objectives have no effect on backbone, bottleneck and head: check signs, masks and weights",
-        )  # fmt: skip
+        )
     differs = base_predicted is None or _differ(predicted, base_predicted)
     if not (changed or differs):
         raise CheckFailed(
-            bench.cls.__name__, "liveness", f"weights and predictions equal those of the run {called}",
-            "the plugin has no effect on this task: check that its hooks return something, and that init_args let it act",
-        )  # fmt: skip
+            bench.cls.__name__,
+            "liveness",
+            f"weights and predictions equal those of the run {called}",
+            "the plugin has no effect on this task: check that its hooks return something, and that "
+            "init_args let it act",
+        )
 
 
 def _differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

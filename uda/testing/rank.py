@@ -1,4 +1,4 @@
-"""One process of the distributed check: ``python -m uda.testing.rank <payload>``, under LOCAL_RANK and WORLD_SIZE."""
+"""One process of the distributed check: ``python -m uda.testing.rank <payload>``, with LOCAL_RANK set."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ class Fingerprints(L.Callback):
         self.batches: list[dict[str, str]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, model: L.LightningModule, *_: Any) -> None:
+        """Take the fingerprints."""
         skip = batch_statistics(model)
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.batches.append({k: digest(v) for k, v in state.items() if k not in skip})

@@ -54,17 +54,23 @@ def resume(bench: Bench, report: Report) -> None:
             bench.train(resumed, ckpt_path=path)
         except Exception as error:
             raise CheckFailed(
-                bench.cls.__name__, "resume", f"resuming raised {type(error).__name__}: {error}",
-                "keep the state in parameters and buffers of fixed size, or in get_extra_state/set_extra_state",
-            ) from error  # fmt: skip
+                bench.cls.__name__,
+                "resume",
+                f"resuming raised {type(error).__name__}: {error}",
+                "keep the state in parameters and buffers of fixed size, or in "
+                "get_extra_state/set_extra_state",
+            ) from error
         if wrong := difference(state_of(resumed), expected):
             raise CheckFailed(
-                bench.cls.__name__, "resume",
-                f"resumed after batch {batch} the run ends with other values of {wrong[0]!r} and {len(wrong) - 1} more "
+                bench.cls.__name__,
+                "resume",
+                f"resumed after batch {batch} the run ends with other values of {wrong[0]!r} and "
+                f"{len(wrong) - 1} more "
                 f"than the undisturbed run.{_not_saved(bench, whole)}",
-                "keep counters, memories and teachers in buffers (register_buffer); take ramps from step.progress, and "
+                "keep counters, memories and teachers in buffers (register_buffer); take ramps from "
+                "step.progress, and "
                 "random numbers from torch's default generator, which is seeded for each step",
-            )  # fmt: skip
+            )
 
 
 def no_label_leak(bench: Bench, report: Report) -> None:
@@ -76,11 +82,13 @@ def no_label_leak(bench: Bench, report: Report) -> None:
         states.append(state_of(model))
     if wrong := difference(*states):
         raise CheckFailed(
-            bench.cls.__name__, "no_label_leak",
+            bench.cls.__name__,
+            "no_label_leak",
             f"other target labels gave other values of {wrong[0]!r} and {len(wrong) - 1} more",
-            "train on what the step and the pools give; neither holds target labels, so the plugin must have taken them "
+            "train on what the step and the pools give; neither holds target labels, so the plugin must "
+            "have taken them "
             "from the data module, the reader or the evaluation",
-        )  # fmt: skip
+        )
 
 
 def record(bench: Bench, model: Any, **options: Any) -> list[dict[str, float]]:
@@ -101,24 +109,30 @@ def precision(bench: Bench, report: Report, tolerance: float = 0.1) -> None:
         half = record(bench, bench.built(), precision="bf16-mixed")
     except Exception as error:
         raise CheckFailed(
-            bench.cls.__name__, "precision", f"bf16-mixed raised {type(error).__name__}: {error}",
-            "compute in float32 what needs it: with torch.autocast(x.device.type, enabled=False) and x.float(); write "
+            bench.cls.__name__,
+            "precision",
+            f"bf16-mixed raised {type(error).__name__}: {error}",
+            "compute in float32 what needs it: with torch.autocast(x.device.type, enabled=False) and "
+            "x.float(); write "
             "buffers in their own dtype",
-        ) from error  # fmt: skip
+        ) from error
     for number, step in enumerate(half):
         for name, value in step.items():
             if not math.isfinite(value):
                 raise CheckFailed(
-                    bench.cls.__name__, "precision", f"{name!r} is {value} at step {number} in bf16-mixed",
+                    bench.cls.__name__,
+                    "precision",
+                    f"{name!r} is {value} at step {number} in bf16-mixed",
                     "take logarithms, norms and exponentials in float32 with autocast off",
-                )  # fmt: skip
+                )
     for name, value in full[0].items():
         if name in half[0] and abs(half[0][name] - value) > tolerance * (1 + abs(value)):
             raise CheckFailed(
-                bench.cls.__name__, "precision",
+                bench.cls.__name__,
+                "precision",
                 f"{name!r} is {half[0][name]:.4g} in bf16-mixed and {value:.4g} in float32 on the same batch",
                 "distances, transport costs and logarithms need float32: switch autocast off around them",
-            )  # fmt: skip
+            )
 
 
 class _CountSteps(L.Callback):
@@ -150,9 +164,11 @@ def accumulation(bench: Bench, report: Report) -> None:
         bench.train(model, callbacks=[counter], **options)
     except Exception as error:
         raise CheckFailed(
-            bench.cls.__name__, "accumulation", f"with accumulation it raised {type(error).__name__}: {error}",
+            bench.cls.__name__,
+            "accumulation",
+            f"with accumulation it raised {type(error).__name__}: {error}",
             "after_step runs on each batch; step.updated tells whether the optimiser has stepped",
-        ) from error  # fmt: skip
+        ) from error
     remedy = (
         "step through step.model.manual_update only, which accumulates and clips"
         if bench.manual
@@ -162,9 +178,11 @@ def accumulation(bench: Bench, report: Report) -> None:
     # a manual method may have several updates a batch, but each of them accumulates
     if counter.steps == 0 or counter.steps % most:
         raise CheckFailed(
-            bench.cls.__name__, "accumulation",
-            f"{counter.steps} optimiser steps in {EPOCHS * STEPS} batches of {BATCH} when 2 are accumulated", remedy,
-        )  # fmt: skip
+            bench.cls.__name__,
+            "accumulation",
+            f"{counter.steps} optimiser steps in {EPOCHS * STEPS} batches of {BATCH} when 2 are accumulated",
+            remedy,
+        )
     if counter.norm > clip * 1.01:
         raise CheckFailed(
             bench.cls.__name__,

@@ -1,4 +1,4 @@
-"""A task of seconds: three classes, a shifted target, and small plugins that stand in for what is not there."""
+"""A task of seconds: three classes, a shifted target, and small plugins that stand in for others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLASSES = 3
 
 
 class TinyTask(Reader):
-    """Noisy class templates; each domain adds an offset of its own. Domains ``source``, ``source2``, ``target``.
+    """Noisy class templates, and an offset for each domain: ``source``, ``source2``, ..., ``target``.
 
     Args:
         kind: ``features`` (rows of 6 numbers) or ``images`` (1x8x8, in [0, 1]).

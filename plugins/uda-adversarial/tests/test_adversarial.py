@@ -20,9 +20,8 @@ SMALL = {"hidden": 16}
 def fake_step(source, target, progress=0.5, source_logits=None, target_logits=None):
     """What the plugins read of a step."""
     pooled = {"features": source, "logits": source_logits}
-    return SimpleNamespace(
-        progress=progress, pooled=pooled.__getitem__, target=SimpleNamespace(features=target, logits=target_logits)
-    )  # fmt: skip
+    on_target = SimpleNamespace(features=target, logits=target_logits)
+    return SimpleNamespace(progress=progress, pooled=pooled.__getitem__, target=on_target)
 
 
 def fake_model(features=4, classes=3):
@@ -145,7 +144,9 @@ def test_cdan_randomised_map_keeps_inner_products():
 
 def test_cdan_maps_only_wide_products():
     assert not built(CDAN, fake_model(4, 3), max_width=12).randomised
-    assert built(CDAN, fake_model(4, 3), max_width=11, random_width=7).joint(torch.rand(2, 4), torch.rand(2, 3)).shape == (2, 7)
+    assert built(CDAN, fake_model(4, 3), max_width=11, random_width=7).joint(
+        torch.rand(2, 4), torch.rand(2, 3)
+    ).shape == (2, 7)
 
 
 def test_random_map_is_a_function_of_the_seed():

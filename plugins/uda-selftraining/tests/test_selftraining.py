@@ -53,7 +53,9 @@ def class_confusion(logits: torch.Tensor, temperature: float) -> float:
 def test_mcc_against_loops(temperature, shape):
     logits = 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     expected = 0.7 * class_confusion(logits, temperature)
-    assert float(objective(MCC(weight=0.7, temperature=temperature), logits)) == pytest.approx(expected, rel=1e-5)
+    assert float(objective(MCC(weight=0.7, temperature=temperature), logits)) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_mcc_bounds():
@@ -67,12 +69,16 @@ def test_mcc_weights_are_constants():
     """The gradient is that of the confusion with the certainty weights held fixed."""
     logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     (got,) = torch.autograd.grad(objective(MCC(), logits), [logits])
-    certainty = torch.tensor([1 + math.exp(-entropy(softmax([v / 2.5 for v in r]))) for r in logits.tolist()]).double()
+    certainty = torch.tensor(
+        [1 + math.exp(-entropy(softmax([v / 2.5 for v in r]))) for r in logits.tolist()]
+    ).double()
     weights = 5 * certainty / certainty.sum()
 
     def held_fixed(z):
         p = (z / 2.5).softmax(1)
-        confusion = torch.stack([torch.stack([(weights * p[:, j] * p[:, k]).sum() for k in range(3)]) for j in range(3)])
+        confusion = torch.stack(
+            [torch.stack([(weights * p[:, j] * p[:, k]).sum() for k in range(3)]) for j in range(3)]
+        )
         confusion = confusion / confusion.sum(1, keepdim=True)
         return (confusion.sum() - confusion.diagonal().sum()) / 3
 
@@ -83,7 +89,9 @@ def test_mcc_weights_are_constants():
 def test_entropy_against_loops():
     logits = 2 * torch.randn(6, 4)
     expected = sum(entropy(softmax(r)) for r in logits.double().tolist()) / 6
-    assert float(objective(EntropyMinimisation(weight=0.2), logits)) == pytest.approx(0.2 * expected, rel=1e-5)
+    assert float(objective(EntropyMinimisation(weight=0.2), logits)) == pytest.approx(
+        0.2 * expected, rel=1e-5
+    )
 
 
 def test_information_against_loops():

@@ -20,7 +20,9 @@ def test_centroids_against_plain_loops():
         weights = [float(probs[i, c]) for i in range(6)]
         assert float(mass[c]) == pytest.approx(sum(weights), rel=1e-5)
         for k in range(4):
-            rows = [float(features[i, k]) / math.sqrt(sum(float(v) ** 2 for v in features[i])) for i in range(6)]
+            rows = [
+                float(features[i, k]) / math.sqrt(sum(float(v) ** 2 for v in features[i])) for i in range(6)
+            ]
             mean = sum(w * r for w, r in zip(weights, rows, strict=True)) / sum(weights)
             assert float(centroids[c, k]) == pytest.approx(mean, rel=1e-4, abs=1e-6)
 

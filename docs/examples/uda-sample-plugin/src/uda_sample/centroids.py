@@ -42,10 +42,11 @@ def similarities(features: Tensor, centroids: Tensor) -> Tensor:
 class CentroidLabels(uda.Plugin):
     """Train on the labels of the nearest class centroid of the target.
 
-    Once an epoch all target samples give centroids ``mu_c = sum_i p_ic f_i / sum_i p_ic`` with ``p`` the softmax and
-    ``f`` the features of length one; each step moves them by its own samples,
+    Once an epoch all target samples give centroids ``mu_c = sum_i p_ic f_i / sum_i p_ic`` with ``p`` the
+    softmax and ``f`` the features of length one; each step moves them by its own samples,
     ``mu <- momentum * mu + (1 - momentum) * mu_batch``. A sample is labelled
-    ``y_i = argmax_c cos(f_i, mu_c)`` with the weight ``w_i = max_c softmax_c(cos(f_i, mu_c) / temperature)``, and
+    ``y_i = argmax_c cos(f_i, mu_c)`` with the weight ``w_i = max_c softmax_c(cos(f_i, mu_c) / temperature)``,
+    and
 
     ``L = L_cls + weight * min(1, p / warmup) * 1/B sum_i w_i CE(z_i, y_i)``
 
@@ -77,8 +78,8 @@ class CentroidLabels(uda.Plugin):
         super().__init__()
         if weight < 0 or temperature <= 0 or not 0 <= momentum <= 1 or not 0 <= warmup < 1:
             raise uda.UDAError(
-                "CentroidLabels: weight must not be negative, temperature must be positive, momentum must be in "
-                f"[0, 1] and warmup in [0, 1); got {weight=}, {temperature=}, {momentum=}, {warmup=}."
+                "CentroidLabels: weight must not be negative, temperature must be positive, momentum must be "
+                f"in [0, 1] and warmup in [0, 1); got {weight=}, {temperature=}, {momentum=}, {warmup=}."
             )
         self.weight, self.momentum, self.temperature = weight, momentum, temperature
         self.warmup, self.predict_nearest = warmup, predict_nearest
