@@ -17,7 +17,7 @@ def soft_neighbourhood_density(logits: Tensor, temperature: float = 0.05) -> Ten
     """Mean entropy of each sample's similarity to all others; in ``[0, log(N - 1)]``, logits ``[N, C]``.
 
     ``mean_i H(softmax_{j != i}(<p_i, p_j> / T))`` with softmax predictions scaled to unit length (Saito et
-    al. 2021, Eq. 1-3). The value grows with N: compare models on the same N. Rows are taken in chunks, so
+    al. 2021). The value grows with N: compare models on the same N. Rows are taken in chunks, so
     that memory is linear in N (about 0.25 GB beside the logits). The MixVal repository takes raw logits in
     place of softmax predictions, which is another score. It and skada leave the diagonal in with similarity
     ``-1``, which adds nothing above 1e-8 where the others are not negative. Fails on collapse: it is largest

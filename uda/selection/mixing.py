@@ -14,7 +14,7 @@ SHARE = 0.55  # of the sample whose label the mixture should keep (the authors' 
 
 
 def partners(labels: Tensor, same: bool) -> Tensor:
-    """Position of the next row (cyclic) of the same, or of another, class: ``[B]``, -1 where there is none."""
+    """Position of the next row (cyclic) of the same, or of another, class: ``[B]``, -1 where none."""
     n = len(labels)
     step = torch.arange(n, device=labels.device)
     at = (step[:, None] + step[None, 1:]) % max(n, 1)  # the others of each row, nearest first

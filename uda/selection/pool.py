@@ -65,7 +65,7 @@ class PoolScore(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, logits: Tensor, y: Tensor | None = None) -> None:
-        """Rows of one domain: features ``[B, F]``, logits ``[B, C]``; source rows with class ids ``y`` ``[B]``."""
+        """Rows of one domain: features ``[B, F]``, logits ``[B, C]``; source rows have ``y`` ``[B]``."""
         if y is None:
             self.target_features.append(features.detach().float())
             self.target_logits.append(logits.detach().float())
