@@ -9,6 +9,7 @@ import platform
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 import uda
 from uda.described import describe
 from uda.errors import UDAError, nearest
-from uda.selection import SCORES
+from uda.selection import SCORES, select_epoch
 
 TARGET = {
     "target_accuracy": "oracle/target_accuracy",
@@ -175,6 +176,21 @@ class RunSummary(L.Callback):
         rows = [r for r in self.history if math.isfinite(r.get(key, math.nan))]
         return max(rows, key=lambda r: r[key], default=None)
 
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """Each label-free score: its last value, and the target accuracy of the validation that it would take alone."""
+        names = [k for k in (self.history[-1] if self.history else {}) if k.startswith("select/")]
+        out = {}
+        for name in (k.removeprefix("select/") for k in names if k != "select/collapsed"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                chosen = select_epoch(self.history, name)
+            taken = {} if chosen is None else self.history[chosen]
+            out[name] = {
+                "last": rounded(self.history[-1][f"select/{name}"]),
+                "target_accuracy": rounded(taken.get(TARGET["target_accuracy"])),
+            }
+        return out
+
     def make(self, trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
         """The summary as plain data; accuracies are fractions of 1, and None where there are no labels."""
         last = self.history[-1] if self.history else {}
@@ -196,6 +212,7 @@ class RunSummary(L.Callback):
             "source_accuracy": rounded(last.get("source_accuracy")),
             **accuracies,
             "selection": selection,
+            "scores": self.scores(),
             "seconds": round(self.seconds, 3),
             "steps": trainer.global_step,
             "last_validation_step": last.get("step"),
