@@ -99,6 +99,8 @@ def ddp(bench: Bench, report: Report, timeout: float = 180.0) -> None:
         wrong, outputs = _launch(payload, timeout)
     if wrong:
         remedy = "call collective operations (Bank.write, gather_rows) in all processes and in the same order"
+        if wrong.startswith("process"):
+            remedy = "its output tells why; the same run on one process is the check 'lifecycle'"
         if "unused" in outputs[0] or "did not receive grad" in outputs[0]:
             remedy = (
                 "let every trainable parameter take part in each step's objectives, freeze it "
