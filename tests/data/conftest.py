@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import lightning as L
 import numpy as np
 import pytest
@@ -115,3 +118,13 @@ def npz(tmp_path):
             arrays[f"{name}_y"] = np.arange(n) % 4
     np.savez(path, **arrays)
     return path
+
+
+@pytest.fixture
+def shared():
+    """Folder of real data that some tests use where it is there."""
+    default = Path(__file__).parents[3] / "shared" / "data"
+    folder = Path(os.environ.get("UDA_SHARED_DATA", default))
+    if not folder.is_dir():
+        pytest.skip("no real data here: set UDA_SHARED_DATA")
+    return folder

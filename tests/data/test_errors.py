@@ -38,6 +38,8 @@ def test_unknown_domain_gives_near_names(folders):
 
 
 def test_source_and_target_must_differ(folders):
+    with fails("data.target is missing"):
+        DataModule(ImageFolders(folders), "photo")
     with fails("'photo' is both source and target"):
         setup(ImageFolders(folders), "photo", "photo")
     with fails("named twice"):
@@ -211,10 +213,12 @@ def test_lists(folders, tmp_path):
         ImageLists(folders, {"a": str(lists)}).read("a")
     with fails(r"list file .*none.txt' does not exist"):
         ImageLists(folders, {"a": "none.txt"}).read("a")
-    lists.write_text("photo/cat/0.png 0\nphoto/gone.png 1\n")
-    with fails("gone.png"):
-        reader = ImageLists(folders, {"a": str(lists), "b": str(lists)})
-        setup(reader, "a", "b", batch_size=1, source_val_fraction=0)
+    lists.write_text("cat/0.png 0\ndog/0.png 1\n")
+    with fails(
+        r"domain 'a': 2 of 2 listed files that were looked up do not exist, '.*cat/0.png'.*check root"
+    ):
+        ImageLists(folders, {"a": str(lists)}).read("a")
+    ImageLists(folders / "photo", {"a": str(lists)}).read("a")
 
 
 def test_views(npz):

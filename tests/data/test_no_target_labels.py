@@ -64,7 +64,7 @@ def test_folders_of_equal_sizes_are_ordered_by_content(tmp_path):
             paths.append(str(path))
         from uda.data import FileInputs
 
-        order = FileInputs(paths).order()
+        order = FileInputs(paths, by_content=True).order()
         orders.append([(tmp_path / paths[i]).read_bytes() for i in order])
     assert orders[0] == orders[1]
 

@@ -9,11 +9,12 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.utilities import CombinedLoader
 
+from uda.data.batches import BadImageLog, Request
 from uda.data.checks import check_batches, check_domains, check_settings, check_shapes
 from uda.data.classes import ClassSplit, as_split
 from uda.data.default_views import default_views
 from uda.data.feeds import Feeds
-from uda.data.loaders import BadImageLog, Request, ShardedLoader
+from uda.data.loaders import ShardedLoader
 from uda.data.needs import needs_of
 from uda.data.pools import DomainPools, Task, make_task
 from uda.data.readers import Reader
@@ -63,8 +64,8 @@ class DataModule(L.LightningDataModule):
     def __init__(
         self,
         reader: Reader,
-        source: str | list[str] | None,
-        target: str,
+        source: str | list[str] | None = None,
+        target: str = "",
         batch_size: int = 32,
         target_batch_size: int | None = None,
         eval_batch_size: int = 256,
@@ -83,6 +84,10 @@ class DataModule(L.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        if (
+            not target
+        ):  # it has a default only because `source` before it must have one: null counts as left out
+            raise UDAError("data.target is missing: name the target domain")
         self.reader = reader
         self.source_names: list[str] = [source] if isinstance(source, str) else list(source or [])
         self.target_name = target

@@ -70,13 +70,20 @@ class TensorInputs(Inputs):
 
 
 class FileInputs(Inputs):
-    """Images by path, decoded as RGB when fetched."""
+    """Images by path, decoded as RGB when fetched.
+
+    Args:
+        paths: of the image files.
+        by_content: the order of the paths may depend on labels (class folders), so a pool without labels must
+            be ordered by content.
+    """
 
     kind: Kind = "files"
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str], by_content: bool = False) -> None:
         # One block of memory: forked workers share it, a list of str would be copied page by page.
         self.paths = np.asarray(paths, dtype=np.str_)
+        self.by_content = by_content
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -105,14 +112,15 @@ class FileInputs(Inputs):
         """B images."""
         return [self.load(int(r)) for r in rows]
 
-    def order(self) -> np.ndarray:
+    def order(self) -> np.ndarray | None:
         """By file size, then by content on equal sizes: moving files among class folders changes nothing."""
+        if not self.by_content:
+            return None
         try:
             sizes = np.array([os.stat(p).st_size for p in self.paths], dtype=np.int64)
         except OSError as e:
             raise UDAError(f"image file is listed but cannot be found: {e}") from e
-        order = np.argsort(sizes, kind="stable")
-        return _by_content(order, sizes, self.paths)
+        return _by_content(np.argsort(sizes, kind="stable"), sizes, self.paths)
 
 
 def _by_content(order: np.ndarray, sizes: np.ndarray, paths: np.ndarray) -> np.ndarray:
@@ -134,11 +142,15 @@ def _runs(values: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _digest(path: str, size: int, length: int | None) -> bytes:
-    with open(path, "rb") as file:
-        if length is None:
+    if length is None:
+        with open(path, "rb") as file:
             return hashlib.file_digest(file, "blake2b").digest()
-        file.seek(max(0, size // 2 - length // 2))
-        return hashlib.blake2b(file.read(length), digest_size=16).digest()
+    descriptor = os.open(path, os.O_RDONLY)  # unbuffered: this is done for thousands of files
+    try:
+        os.lseek(descriptor, max(0, size // 2 - length // 2), os.SEEK_SET)
+        return hashlib.blake2b(os.read(descriptor, length), digest_size=16).digest()
+    finally:
+        os.close(descriptor)
 
 
 @dataclass

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from uda.data.loaders import BadImageLog, BatchDataset, ShardedLoader, StreamLoader
+from uda.data.batches import BadImageLog, BatchDataset
+from uda.data.loaders import ShardedLoader, StreamLoader
 from uda.data.pools import DomainPools, Pool, Task
 from uda.data.samplers import ClassBalancedStream, UniformStream
 from uda.data.splits import split_by_index

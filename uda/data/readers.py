@@ -96,12 +96,16 @@ class ImageFolders(Reader):
                 f"{', '.join(IMAGE_ENDINGS)}"
             )
         if flat:
-            return DomainData(domain, FileInputs(flat), None, [], flat)
+            return DomainData(domain, FileInputs(flat, by_content=True), None, [], flat)
         found = natural_order(c for c in classes if by_class[c])
         paths = [p for c in found for p in by_class[c]]
         counts = torch.tensor([len(by_class[c]) for c in found])
         return DomainData(
-            domain, FileInputs(paths), torch.arange(len(found)).repeat_interleave(counts), found, paths
+            domain,
+            FileInputs(paths, by_content=True),
+            torch.arange(len(found)).repeat_interleave(counts),
+            found,
+            paths,
         )
 
 
@@ -144,6 +148,7 @@ class ImageLists(Reader):
             self._read_list(os.path.join(self.root, os.path.expanduser(file.strip())), paths, names)
         if not paths:
             raise UDAError(f"domain {domain!r}: list {self.lists[domain]!r} names no image")
+        self._check_some(domain, paths)
         unlabelled = sum(n is None for n in names)
         if unlabelled == len(names):
             return DomainData(domain, FileInputs(paths), None, [], paths)
@@ -154,6 +159,16 @@ class ImageLists(Reader):
             )
         ids, classes = labels_by_name(names)  # type: ignore[arg-type]
         return DomainData(domain, FileInputs(paths), ids, classes, paths)
+
+    def _check_some(self, domain: str, paths: list[str]) -> None:
+        # A wrong root makes all paths wrong; one missing file is a matter of on_bad_image when it is loaded.
+        sample = paths[:: max(1, len(paths) // 50)]
+        missing = [p for p in sample if not os.path.isfile(p)]
+        if len(missing) > len(sample) / 2:
+            raise UDAError(
+                f"domain {domain!r}: {len(missing)} of {len(sample)} listed files that were looked up "
+                f"do not exist, {missing[0]!r} for one; check root"
+            )
 
     def _read_list(self, file: str, paths: list[str], names: list[str | None]) -> None:
         if not os.path.isfile(file):
