@@ -1,8 +1,8 @@
 """How well label-free scores choose epochs and runs: ``python tests/benchmarks/selection_study.py OUT``.
 
-Trains source only, DANN + MCC and CDAN + MCC on the digits task with several seeds through ``uda fit`` (runs that
-are in OUT already are read, not trained again), then prints a Markdown table. Target labels serve here to judge
-the scores only.
+Trains source only, DANN + MCC and CDAN + MCC on digits through ``uda fit`` (runs that are
+in OUT already are read, not trained again), then prints a Markdown table. Target labels serve here to judge the
+scores only.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def correlation(rows: Rows, name: str) -> float:
 
 
 def lost_epoch(rows: Rows, name: str) -> float:
-    """Points of accuracy between the best epoch and the one that a score takes (the last, where it takes none)."""
+    """Points of accuracy between the best epoch and the one that a score takes (or the last)."""
     found = select_epoch(rows, name)
     return 100 * (max(oracle(rows)) - rows[-1 if found is None else found][ORACLE])
 
