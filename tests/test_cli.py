@@ -230,6 +230,37 @@ def test_a_broken_distribution_is_shown_with_its_reason(
     assert "ImportError: no bad" in out
 
 
+def test_benchmarks_are_listed_checked_and_misspelt(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Toy:
+        summary = "a toy"
+
+        def describe(self) -> str:
+            return "toy/domain/class"
+
+        def check(self, root: str) -> list[str]:
+            return [] if root == "good" else ["domain a is missing"]
+
+        def download(self, root: str) -> str:
+            return f"fetch it into {root}"
+
+    module = type(sys)("uda.data.benchmarks")
+    module.BENCHMARKS = {"toy": Toy()}
+    monkeypatch.setitem(sys.modules, "uda.data.benchmarks", module)
+    assert main(["data"]) == 0
+    assert main(["data", "show", "toy"]) == 0
+    assert main(["data", "check", "toy", "good"]) == 0
+    assert main(["data", "check", "toy", "bad"]) == 1
+    assert main(["data", "download", "toy", "there"]) == 0
+    out = capsys.readouterr().out
+    assert all(
+        t in out for t in ("a toy", "toy/domain/class", "toy: complete", "- domain a is missing", "there")
+    )
+    assert main(["data", "show", "toi"]) == 2
+    assert "'toy'" in capsys.readouterr().err
+
+
 def test_debug_shows_the_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UDA_DEBUG", "1")
     with pytest.raises(uda.UDAError, match="tiny"):

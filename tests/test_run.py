@@ -22,6 +22,7 @@ CONFIG = {
     "model": {
         "backbone": "mlp",
         "bottleneck": 8,
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.2, "momentum": 0.9}},
         "plugins": {"align": {"class_path": "DANN", "init_args": {"hidden": 8}}},
     },
     "data": {
@@ -29,7 +30,7 @@ CONFIG = {
         "source": "source",
         "target": "target",
         "batch_size": 16,
-        "epoch_steps": 3,
+        "epoch_steps": 15,
     },
     "trainer": {"max_epochs": 2, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1},
 }
@@ -40,6 +41,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
     return tmp_path
+
+
+def fast(params):
+    return torch.optim.SGD(params, lr=0.2, momentum=0.9)
 
 
 def load(path: Path) -> dict:
@@ -61,7 +66,7 @@ def test_a_run_leaves_everything_and_can_be_repeated_resumed_and_evaluated(
     }  # fmt: skip
     assert list((first / "logs").glob("events*"))
     summary = load(first / "summary.json")
-    assert (summary["steps"], summary["epochs"], summary["seed"]) == (6, 2, 0)
+    assert (summary["steps"], summary["epochs"], summary["seed"]) == (30, 2, 0)
     assert summary["selection"]["score"] == "im"
     for kind in ("target_accuracy", "target_class_accuracy"):
         assert set(summary[kind]) == {"last", "selected", "oracle"}
@@ -88,11 +93,11 @@ def test_a_run_leaves_everything_and_can_be_repeated_resumed_and_evaluated(
     last = second / "checkpoints" / "last.ckpt"
     assert main(["fit", "--ckpt_path", str(last), "--trainer.max_epochs=3"]) == 0
     resumed = load(second / "summary.json")
-    assert (resumed["steps"], resumed["epochs"]) == (9, 3)
+    assert (resumed["steps"], resumed["epochs"]) == (45, 3)
     assert resumed["seconds"] > again["seconds"]
     with (second / "logs" / "metrics.csv").open() as file:
         steps = [int(r["step"]) for r in csv.DictReader(file) if r["select/im"]]
-    assert steps == [2, 5, 8]
+    assert steps == [14, 29, 44]
     record = load(second / "run.json")
     assert [s["resumed"] is None for s in record["starts"]] == [True, False]
     assert (second / "config-2.yaml").is_file()  # other settings than the first start's: both are kept
@@ -211,9 +216,9 @@ def test_the_config_hash_ignores_what_changes_no_weight() -> None:
 
 def test_the_summary_from_python_selects_without_labels(small_data, quiet_trainer, tmp_path: Path) -> None:
     summary = RunSummary(tmp_path / "out", show=False)
-    data = small_data()
+    data = small_data(epoch_steps=15)
     quiet_trainer(callbacks=[summary], max_epochs=3).fit(
-        uda.UDA(backbone="mlp", bottleneck=8), datamodule=data
+        uda.UDA(backbone="mlp", bottleneck=8, optimizer=fast), datamodule=data
     )
     written = load(tmp_path / "out" / "summary.json")
     assert written == summary.summary
@@ -232,13 +237,27 @@ def test_an_unlabelled_target_has_null_accuracies(quiet_trainer, tmp_path: Path)
     x, y = torch.randn(64, 2), torch.arange(64) % 2
     source = torch.utils.data.TensorDataset(x, y)
     target = torch.utils.data.TensorDataset(torch.randn(64, 2))
-    data = uda.DataModule.from_datasets(source, target, batch_size=16, epoch_steps=2)
+    data = uda.DataModule.from_datasets(source, target, batch_size=16, epoch_steps=15)
     summary = RunSummary(tmp_path, show=True)
-    quiet_trainer(callbacks=[summary]).fit(uda.UDA(backbone="mlp", bottleneck=8), datamodule=data)
+    quiet_trainer(callbacks=[summary]).fit(
+        uda.UDA(backbone="mlp", bottleneck=8, optimizer=fast), datamodule=data
+    )
     written = load(tmp_path / "summary.json")
     assert written["target_accuracy"] == {"last": None, "selected": None, "oracle": None}
     assert written["selection"]["epoch"] is not None
     assert written["source_accuracy"] is not None
+
+
+@pytest.mark.filterwarnings("ignore:The predictions have collapsed")
+def test_collapsed_validations_are_not_selected(quiet_trainer, tmp_path: Path) -> None:
+    summary = RunSummary(tmp_path, select_by="entropy")
+    figures = [(0.3, -0.4, 0), (0.9, -0.1, 1), (0.5, -0.2, 0)]
+    for epoch, (accuracy, entropy, collapsed) in enumerate(figures):
+        row = {"epoch": epoch, "step": epoch, "oracle/target_accuracy": accuracy, "select/entropy": entropy}
+        summary.history.append({**row, "select/collapsed": collapsed})
+    made = summary.make(quiet_trainer(), torch.nn.Linear(1, 1))
+    assert made["selection"] == {"score": "entropy", "epoch": 2, "step": 2, "value": -0.2}
+    assert made["target_accuracy"] == {"last": 0.5, "selected": 0.5, "oracle": 0.9}
 
 
 def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:

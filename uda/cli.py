@@ -30,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     "data": Command(
         "uda.commands.data", "list benchmarks; `show NAME`, `check NAME ROOT`, `download NAME ROOT`"
     ),
+    "bench": Command("uda.commands.bench", "run suites of methods x tasks x seeds; tables; tune without labels"),
 }
 
 
@@ -46,18 +47,18 @@ def usage() -> str:
     )
 
 
-def user_error(error: BaseException | None) -> UDAError | None:
-    """The :class:`UDAError` in a chain of exceptions, however it was wrapped."""
+def user_error(error: BaseException | None) -> Exception | None:
+    """The :class:`UDAError` in a chain of exceptions, or Lightning's own error for bad settings."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, UDAError):
+        if isinstance(error, UDAError) or type(error).__name__ == "MisconfigurationException":
             return error
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
 
 
-def report(error: UDAError) -> None:
+def report(error: Exception) -> None:
     """Print an error as one block on stderr, with the rank where there are several."""
     rank = next((os.environ[k] for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if k in os.environ), "0")
     where = f" (rank {rank})" if rank != "0" else ""

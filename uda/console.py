@@ -14,6 +14,7 @@ _NOISE = (
     "\N{ELECTRIC LIGHT BULB} Tip",
     "TPU available",
     "GPU available: False",
+    "sync_dist=True",
     "to estimate number of stepping batches",
 )
 

@@ -19,13 +19,13 @@ from uda.console import quiet, short_parser_error
 from uda.discovery import registry
 from uda.errors import UDAError, nearest
 from uda.module import UDA
-from uda.run.directory import RunDirectory, check_exists, run_of_checkpoint
+from uda.run.directory import RunDirectory, check_exists, is_first_rank, run_of_checkpoint
 from uda.run.logs import ForgetRepeated, PlainProgress, run_loggers
 from uda.run.predictions import EvaluationWriter, PredictionWriter
 from uda.run.saved_config import SaveConfig
 from uda.run.signals import StopBetweenBatches
 from uda.run.summary import RunSummary
-from uda.selection import SCORES
+from uda.selection import DEFAULT_SCORES, SCORES
 
 
 class UDACLI(LightningCLI):
@@ -128,6 +128,10 @@ class UDACLI(LightningCLI):
         if self.command == "fit":
             if (score := given["select_by"]) not in SCORES:
                 raise UDAError(f"--select_by: unknown score {score!r}. {nearest(score, SCORES)}")
+            model = self.config[self.command]["model"]
+            computed = model["scores"] or list(DEFAULT_SCORES)
+            if score not in computed:  # what selects has to be computed
+                model["scores"] = [*computed, score]
             self.run = RunDirectory.for_fit(given["run_dir"], checkpoint, self.configs, seed)
         else:
             self.run = RunDirectory.for_evaluation(given["run_dir"], checkpoint, self.configs, seed)
@@ -183,7 +187,7 @@ class UDACLI(LightningCLI):
         common = {"dirpath": folder, "enable_version_counter": False, "auto_insert_metric_name": False}
         out = [
             ModelCheckpoint(
-                filename="selected", monitor=f"select/{self._given['select_by']}", mode="max",
+                filename="selected", monitor=f"guarded/{self._given['select_by']}", mode="max",
                 save_on_train_epoch_end=False, **common,
             ),
             ModelCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **common),
@@ -243,7 +247,7 @@ def steps_done(cli: UDACLI) -> int:
 def _stopped(cli: UDACLI, stop: SystemExit | None) -> int:
     """Exit code of a run that was stopped from outside."""
     run = cli.__dict__.get("run")
-    if run is not None and cli.command == "fit":
+    if run is not None and cli.command == "fit" and is_first_rank():
         last = run.path / "checkpoints" / "last.ckpt"
         how = (
             f"go on with: uda fit --run_dir {run.path} --ckpt_path last"

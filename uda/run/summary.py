@@ -157,7 +157,7 @@ class RunSummary(L.Callback):
         self.history.append(row)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print and write."""
+        """Write."""
         self.summary = self.make(trainer, pl_module)
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
@@ -166,8 +166,12 @@ class RunSummary(L.Callback):
         partial = folder / ".summary.json"
         partial.write_text(json.dumps(self.summary, indent=2) + "\n")
         partial.replace(folder / "summary.json")
-        if self.show:
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Print, now that no progress bar is drawn any more."""
+        if self.show and self.summary and trainer.is_global_zero and not trainer.fast_dev_run:
             print_table(self.summary)
+            self.show = False
 
     # ------------------------------------------------------------------------------------- the summary
 
@@ -177,7 +181,7 @@ class RunSummary(L.Callback):
         return max(rows, key=lambda r: r[key], default=None)
 
     def scores(self) -> dict[str, dict[str, Any]]:
-        """Each label-free score: its last value, and the target accuracy of the validation that it would take alone."""
+        """Each label-free score: its last value, and the target accuracy of the epoch it would take alone."""
         names = [k for k in (self.history[-1] if self.history else {}) if k.startswith("select/")]
         out = {}
         for name in (k.removeprefix("select/") for k in names if k != "select/collapsed"):
@@ -195,7 +199,8 @@ class RunSummary(L.Callback):
         """The summary as plain data; accuracies are fractions of 1, and None where there are no labels."""
         last = self.history[-1] if self.history else {}
         score = f"select/{self.select_by}"
-        selected = self.best(score)
+        chosen = select_epoch(self.history, self.select_by)  # none that has collapsed
+        selected = None if chosen is None else self.history[chosen]
         accuracies = {}
         for name, key in TARGET.items():
             rows = {"last": last, "selected": selected or {}, "oracle": self.best(key) or {}}
@@ -251,11 +256,9 @@ def print_table(summary: dict[str, Any]) -> None:
     table.add_column("chosen by", overflow="fold")
     instance, mean = summary["target_accuracy"], summary["target_class_accuracy"]
     selection = summary["selection"]
-    chosen = (
-        "-"
-        if selection["epoch"] is None
-        else f"{selection['score']} (label-free), epoch {selection['epoch']}"
-    )
+    chosen = f"{selection['score']} (label-free), epoch {selection['epoch']}"
+    if selection["epoch"] is None:
+        chosen = f"{selection['score']}: no epoch to choose, see docs/selection.md"
     table.add_row("source", percent(summary["source_accuracy"]), "", "last epoch")
     table.add_row("target", percent(instance["last"]), percent(mean["last"]), "last epoch")
     table.add_row("target, selected", percent(instance["selected"]), percent(mean["selected"]), chosen)
