@@ -30,7 +30,9 @@ COMMANDS: dict[str, Command] = {
     "data": Command(
         "uda.commands.data", "list benchmarks; `show NAME`, `check NAME ROOT`, `download NAME ROOT`"
     ),
-    "bench": Command("uda.commands.bench", "run suites of methods x tasks x seeds; tables; tune without labels"),
+    "bench": Command(
+        "uda.commands.bench", "suites of methods x tasks x seeds; tables; tuning without labels"
+    ),
 }
 
 
