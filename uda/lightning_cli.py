@@ -17,7 +17,7 @@ from uda import data
 from uda.arguments import Arguments, option
 from uda.console import quiet, short_parser_error
 from uda.discovery import registry
-from uda.errors import UDAError, nearest
+from uda.errors import UDAError
 from uda.module import UDA
 from uda.run.directory import RunDirectory, check_exists, is_first_rank, run_of_checkpoint
 from uda.run.logs import ForgetRepeated, PlainProgress, run_loggers
@@ -25,7 +25,7 @@ from uda.run.predictions import EvaluationWriter, PredictionWriter
 from uda.run.saved_config import SaveConfig
 from uda.run.signals import StopBetweenBatches
 from uda.run.summary import RunSummary
-from uda.selection import DEFAULT_SCORES, SCORES
+from uda.selection import DEFAULT_SCORES, SCORES, needed_scores
 
 
 class UDACLI(LightningCLI):
@@ -62,7 +62,7 @@ class UDACLI(LightningCLI):
                 "--checkpoint_every", type=int, default=0, help="Write last.ckpt each N steps too."
             )
             parser.add_argument(
-                "--select_by", type=str, default="im", help=f"Label-free score: {', '.join(SCORES)}."
+                "--select_by", type=str, default="im", help=f"Label-free score: {', '.join(SCORES)}, or vote."
             )
         if self.command == "predict":
             parser.add_argument(
@@ -126,12 +126,11 @@ class UDACLI(LightningCLI):
         given = self._given
         seed, checkpoint = given["seed_everything"], given["ckpt_path"]
         if self.command == "fit":
-            if (score := given["select_by"]) not in SCORES:
-                raise UDAError(f"--select_by: unknown score {score!r}. {nearest(score, SCORES)}")
             model = self.config[self.command]["model"]
+            needed = needed_scores(given["select_by"], bool(self.config[self.command]["data"]["source"]))
             computed = model["scores"] or list(DEFAULT_SCORES)
-            if score not in computed:  # what selects has to be computed
-                model["scores"] = [*computed, score]
+            if missing := [n for n in needed if n not in computed]:  # what selects has to be computed
+                model["scores"] = [*computed, *missing]
             self.run = RunDirectory.for_fit(given["run_dir"], checkpoint, self.configs, seed)
         else:
             self.run = RunDirectory.for_evaluation(given["run_dir"], checkpoint, self.configs, seed)

@@ -1,8 +1,7 @@
 """How well label-free scores choose epochs and runs: ``python tests/benchmarks/selection_study.py OUT``.
 
-Trains source only, DANN + MCC and CDAN + MCC on digits through ``uda fit`` (runs that are
-in OUT already are read, not trained again), then prints a Markdown table. Target labels serve here to judge the
-scores only.
+Trains source only, DANN + MCC and CDAN + MCC on digits through ``uda fit`` (runs that are in OUT already are
+read, not trained again), then prints a Markdown table. Target labels serve here to judge the scores only.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import uda
-from uda.selection import CollapseGuard, check_select_by, collapse, monitor_value, select_epoch, vote
+from uda.selection import CollapseGuard, collapse, monitor_value, needed_scores, select_epoch, vote
 from uda.selection.choose import running_choice
 
 
@@ -48,7 +48,7 @@ def test_the_oracle_has_no_part_in_the_choice():
         row["oracle/target_accuracy"] = accuracy
     assert select_epoch(history, "im") == 1
     with pytest.raises(uda.UDAError, match="unknown label-free score 'oracle/target_accuracy'"):
-        check_select_by("oracle/target_accuracy", ["im", "snd"])
+        needed_scores("oracle/target_accuracy")
 
 
 def test_vote_is_the_mean_rank():
@@ -68,9 +68,12 @@ def test_selecting_by_several_scores():
     assert select_epoch(history, "vote") == 2
     assert select_epoch(history, ["im", "rankme"]) is None  # one that was never computed
     assert select_epoch(rows(entropy=[0.1, 0.2]), "vote") is None
-    check_select_by(["im", "vote"], ["im", "snd"])
+    assert needed_scores("snd") == ["snd"]
+    assert needed_scores(["im", "snd"]) == ["im", "snd"]
+    assert "dev" in needed_scores("vote")
+    assert "dev" not in needed_scores("vote", source=False)
     with pytest.raises(uda.UDAError, match=r"'imm'.*'im'"):
-        check_select_by(["imm"], ["im", "snd"])
+        needed_scores(["imm"])
 
 
 def test_what_a_checkpoint_monitors():

@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import uda
-from uda.selection import DEFAULT_SCORES, SCORES
+from uda.run.summary import RunSummary
+from uda.selection import DEFAULT_SCORES, SCORES, needed_scores, running_choice
 from uda.selection.pool import RowSample, draw_order
 
 HERE = Path(__file__).resolve()
@@ -87,6 +88,17 @@ def test_a_checkpoint_does_not_take_a_collapsed_epoch(small_data, quiet_trainer,
     assert figures(trainer)["collapsed"] == 1
     assert figures(trainer, "guarded/")["im"] == -math.inf
     assert math.isfinite(figures(trainer)["im"])
+
+
+def test_a_vote_keeps_the_checkpoint_that_the_summary_names(small_data, quiet_trainer, tmp_path):
+    keep = ModelCheckpoint(tmp_path, monitor="guarded/vote", mode="max", save_on_train_epoch_end=False)
+    summary = RunSummary(tmp_path, select_by="vote", show=False)
+    trainer = quiet_trainer(max_epochs=5, callbacks=[keep, summary], enable_checkpointing=True)
+    model = make(scores=needed_scores("vote"), score_options=LOOSE)
+    trainer.fit(model, small_data())
+    epoch = summary.summary["selection"]["epoch"]
+    assert f"epoch={epoch}-" in keep.best_model_path
+    assert epoch == summary.history[running_choice(summary.history, "vote")]["epoch"]
 
 
 def test_thresholds_come_from_the_model(small_data, quiet_trainer):

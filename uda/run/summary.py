@@ -20,8 +20,7 @@ import torch
 
 import uda
 from uda.described import describe
-from uda.errors import UDAError, nearest
-from uda.selection import SCORES, select_epoch
+from uda.selection import monitor_value, needed_scores, running_choice, select_epoch
 
 TARGET = {
     "target_accuracy": "oracle/target_accuracy",
@@ -106,7 +105,7 @@ class RunSummary(L.Callback):
 
     Args:
         dirpath: where ``summary.json`` goes; None: the trainer's ``default_root_dir``.
-        select_by: label-free score, one of ``uda.selection.SCORES``.
+        select_by: label-free score, one of ``uda.selection.SCORES``, or ``vote``.
         config: the run's config, for ``config_hash``.
         show: print the table.
     """
@@ -118,8 +117,7 @@ class RunSummary(L.Callback):
         config: Mapping[str, Any] | None = None,
         show: bool = True,
     ) -> None:
-        if select_by not in SCORES:
-            raise UDAError(f"select_by: unknown label-free score {select_by!r}. {nearest(select_by, SCORES)}")
+        needed_scores(select_by)  # refuses what is no score
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.select_by, self.show = select_by, show
         self.config_hash = None if config is None else config_hash(config)
@@ -155,6 +153,9 @@ class RunSummary(L.Callback):
         if self.history and self.history[-1]["step"] == row["step"]:
             self.history.pop()  # a run resumed inside its validation repeats it
         self.history.append(row)
+        if self.select_by == "vote":  # which only a history can hold; checkpoints are written after this
+            value = monitor_value(self.history, "vote")
+            trainer.callback_metrics["guarded/vote"] = torch.tensor(value)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write."""
@@ -199,7 +200,8 @@ class RunSummary(L.Callback):
         """The summary as plain data; accuracies are fractions of 1, and None where there are no labels."""
         last = self.history[-1] if self.history else {}
         score = f"select/{self.select_by}"
-        chosen = select_epoch(self.history, self.select_by)  # none that has collapsed
+        choose = running_choice if self.select_by == "vote" else select_epoch  # the one that was kept
+        chosen = choose(self.history, self.select_by)  # none that has collapsed
         selected = None if chosen is None else self.history[chosen]
         accuracies = {}
         for name, key in TARGET.items():
@@ -210,7 +212,7 @@ class RunSummary(L.Callback):
             selection |= {
                 "epoch": selected["epoch"],
                 "step": selected["step"],
-                "value": rounded(selected[score]),
+                "value": rounded(selected.get(score)),
             }
         bad = getattr(getattr(trainer, "datamodule", None), "bad_images", None)
         return {

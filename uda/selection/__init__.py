@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from uda.selection.choose import VOTERS, check_select_by, monitor_value, running_choice, select_epoch, vote
+from uda.selection.choose import VOTERS, monitor_value, needed_scores, running_choice, select_epoch, vote
 from uda.selection.clusters import ClassClusters, class_clusters
 from uda.selection.density import SoftNeighbourhoodDensity, soft_neighbourhood_density
 from uda.selection.guard import Collapse, CollapseGuard, collapse
@@ -34,8 +34,8 @@ __all__ = [
     "BNM", "DEFAULT_SCORES", "DEV", "IWV", "SCORES", "VOTERS", "ClassClusters", "ClassCorrelation",
     "Collapse", "CollapseGuard", "Diversity", "InformationMaximisation", "MixVal", "NegativeEntropy",
     "PredictionSums", "RankMe", "ScorePool", "SoftNeighbourhoodDensity", "Sums", "TransferScore", "bnm",
-    "check_select_by", "class_clusters", "class_correlation", "classifier_unevenness", "collapse",
-    "cross_fitted_weights", "density_ratio", "dev", "diversity", "effective_rank", "hopkins",
-    "information_maximisation", "iwv", "mixval", "monitor_value", "negative_entropy", "rankme",
-    "running_choice", "select_epoch", "soft_neighbourhood_density", "transfer_score", "vote",
+    "class_clusters", "class_correlation", "classifier_unevenness", "collapse", "cross_fitted_weights",
+    "density_ratio", "dev", "diversity", "effective_rank", "hopkins", "information_maximisation", "iwv",
+    "mixval", "monitor_value", "needed_scores", "negative_entropy", "rankme", "running_choice",
+    "select_epoch", "soft_neighbourhood_density", "transfer_score", "vote",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from uda.errors import UDAError, nearest
+from uda.selection.registry import SCORES
 
 #: scores of different families, that ``vote`` takes where they were computed
 VOTERS = ("im", "corrc", "snd", "dev", "class_cluster")
@@ -39,15 +40,20 @@ def vote(scores: Mapping[str, Sequence[float]]) -> np.ndarray:
     return np.mean([ranks(row) for row in table], axis=0) / max(1, lengths.pop() - 1)
 
 
-def check_select_by(by: str | Sequence[str], known: Sequence[str]) -> None:
-    """Refuse a score that does not exist.
+def needed_scores(by: str | Sequence[str], source: bool = True) -> list[str]:
+    """Scores that have to be computed so that ``by`` can choose; a vote without ``source`` has fewer voters.
 
     Raises:
-        UDAError: with the nearest names.
+        UDAError: a score that does not exist, with the nearest names.
     """
-    for name in [by] if isinstance(by, str) else by:
-        if name != "vote" and name not in known:
-            raise UDAError(f"select_by: unknown label-free score {name!r}. {nearest(name, [*known, 'vote'])}")
+    if by == "vote":
+        return [n for n in VOTERS if source or not SCORES[n].needs_source]
+    names = [by] if isinstance(by, str) else list(by)
+    for name in names:
+        if name not in SCORES:
+            known = [*SCORES, "vote"]
+            raise UDAError(f"select_by: unknown label-free score {name!r}. {nearest(name, known)}")
+    return names
 
 
 def _finite(row: Mapping[str, Any], name: str) -> bool:
