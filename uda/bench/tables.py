@@ -1,0 +1,247 @@
+"""From ledger records to tables: means over seeds, the three figures, and the worth of the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from uda.bench.ledger import latest
+from uda.bench.statistics import TESTS, average_by_seed, mean_and_spread, spearman, survives
+from uda.errors import UDAError, nearest
+
+FIGURES = ("last", "selected", "oracle")
+AVERAGE = "average"
+
+
+@dataclass
+class Table:
+    """A table ready to be printed.
+
+    Attributes:
+        head: names of the columns, the first of which names the rows.
+        rows: texts.
+        numbers: the same as numbers, for csv: columns and rows.
+        bold: cells (row, column) that are marked.
+        caption: what the figures are, how they were chosen, and what the mark means.
+    """
+
+    head: list[str]
+    rows: list[list[str]]
+    caption: str
+    numbers: pd.DataFrame
+    bold: set[tuple[int, int]] = field(default_factory=set)
+
+
+def frame(records: Iterable[Mapping[str, Any]], measure: str = "target_accuracy") -> pd.DataFrame:
+    """Finished records as a data frame, the last of each (suite, task, method, seed).
+
+    Columns: ``suite``, ``task``, ``method``, ``seed``, ``select_by``, ``seconds``, ``memory``, ``source``,
+    then ``last``, ``selected``, ``oracle`` of ``measure`` in percent, and ``score:<name>`` and
+    ``chosen:<name>`` of each label-free score (its value at the last validation; the accuracy in percent of
+    the validation that it would take).
+
+    Raises:
+        UDAError: nothing is finished.
+    """
+    rows = []
+    for r in latest(records):
+        figures = (r["metrics"] or {}).get(measure) or {}
+        row = {k: r.get(k) for k in ("suite", "task", "method", "seed", "select_by", "seconds")}
+        row |= {"memory": r.get("peak_memory_mib"), "source": _percent(r["metrics"].get("source_accuracy"))}
+        row |= {which: _percent(figures.get(which)) for which in FIGURES}
+        for name, score in (r.get("scores") or {}).items():
+            row[f"score:{name}"] = _number(score.get("last"))
+            row[f"chosen:{name}"] = _percent(score.get("target_accuracy"))
+        rows.append(row)
+    if not rows:
+        raise UDAError("The ledger has no finished run: `uda bench run SUITE` first.")
+    return pd.DataFrame(rows)
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _percent(value: Any) -> float:
+    return 100 * _number(value)
+
+
+def in_order(found: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
+    """Names that occur, in the suite's order where there is one, else in order of appearance."""
+    names = list(dict.fromkeys(found))
+    return names if wanted is None else [n for n in wanted if n in names]
+
+
+def pick(names: list[str], only: Sequence[str] | None, what: str) -> list[str]:
+    """The names that were asked for, in the order asked.
+
+    Raises:
+        UDAError: an unknown one.
+    """
+    for name in only or ():
+        if name not in names:
+            raise UDAError(f"no {what} {name!r} in the ledger. {nearest(name, names)}")
+    return list(only) if only else names
+
+
+def cells(data: pd.DataFrame, figure: str) -> pd.DataFrame:
+    """``figure`` with a row for each method and a column for each (task, seed) pair."""
+    return data.pivot_table(index="method", columns=["task", "seed"], values=figure, aggfunc="last")
+
+
+def told(mean: float, spread: float) -> str:
+    """``52.3 ± 0.8``."""
+    if np.isnan(mean):
+        return "-"
+    return f"{mean:.1f}" if np.isnan(spread) else f"{mean:.1f} ± {spread:.1f}"
+
+
+def accuracy_table(
+    data: pd.DataFrame,
+    figure: str = "last",
+    tasks: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    test: str = "wilcoxon",
+    alpha: float = 0.05,
+    measure: str = "target_accuracy",
+) -> Table:
+    """Mean and spread over seeds: a row a method, a column a task, and the average over tasks.
+
+    The best of a column is marked where its lead over the second survives the test over (task, seed) pairs;
+    in the column of one task these are its seeds alone.
+    """
+    if figure not in FIGURES:
+        raise UDAError(f"unknown figure {figure!r}. {nearest(figure, FIGURES)}")
+    tasks, methods = in_order(data["task"], tasks), in_order(data["method"], methods)
+    data = data[data["task"].isin(tasks) & data["method"].isin(methods)]
+    pairs = cells(data, figure).reindex(methods)
+    rows, numbers, bold = [], [], set()
+    for method in methods:
+        row, number = [method], {"method": method}
+        for task in [*tasks, *([AVERAGE] if len(tasks) > 1 else [])]:
+            series = pairs.loc[method]
+            values = (
+                average_by_seed(series, tasks)
+                if task == AVERAGE
+                else series.get(task, pd.Series(dtype=float))
+            )
+            mean, spread = mean_and_spread(values)
+            row.append(told(mean, spread))
+            number |= {task: mean, f"{task} sd": spread, f"{task} n": int(values.notna().sum())}
+        rows.append(row)
+        numbers.append(number)
+    head = ["method", *tasks, *([AVERAGE] if len(tasks) > 1 else [])]
+    for column, task in enumerate(head[1:], 1):
+        of_column = pairs if task == AVERAGE else pairs.xs(task, axis=1, level="task")
+        if (best := survives(of_column, test, alpha)) is not None:
+            bold.add((methods.index(best), column))
+    caption = (
+        f"{_measure(measure)} in %, {_figure(data, figure)}; mean ± standard deviation over {_seeds(data)}"
+        f"{_gaps(pairs)}. Bold: the best of a column where its lead over the second survives a {TESTS[test]} "
+        f"over (task, seed) pairs, alpha {alpha:g}, two-sided."
+    )
+    return Table(head, rows, caption, pd.DataFrame(numbers), bold)
+
+
+def _measure(measure: str) -> str:
+    return {"target_accuracy": "Target accuracy", "target_class_accuracy": "Target class-mean accuracy"}[
+        measure
+    ]
+
+
+def _figure(data: pd.DataFrame, figure: str) -> str:
+    rules = ", ".join(sorted(set(data["select_by"].dropna())))
+    return {
+        "last": "last epoch (no selection)",
+        "selected": f"epoch selected without target labels (rule: {rules})",
+        "oracle": "best epoch by target labels (oracle: an upper bound that no method may use)",
+    }[figure]
+
+
+def _seeds(data: pd.DataFrame) -> str:
+    seeds = sorted(set(data["seed"]))
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+
+
+def _gaps(pairs: pd.DataFrame) -> str:
+    missing = int(pairs.isna().sum().sum())
+    return f" ({missing} of {pairs.size} runs are missing)" if missing else ""
+
+
+def figures_table(
+    data: pd.DataFrame,
+    tasks: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    measure: str = "target_accuracy",
+) -> Table:
+    """The three figures side by side, averaged over tasks, with source accuracy, time and memory of a run."""
+    tasks, methods = in_order(data["task"], tasks), in_order(data["method"], methods)
+    data = data[data["task"].isin(tasks) & data["method"].isin(methods)]
+    rows, numbers = [], []
+    for method in methods:
+        own = data[data["method"] == method]
+        row, number = [method], {"method": method}
+        for figure in FIGURES:
+            series = cells(own, figure).reindex([method]).loc[method] if own[figure].notna().any() else None
+            values = pd.Series(dtype=float) if series is None else average_by_seed(series, tasks)
+            mean, spread = mean_and_spread(values)
+            row.append(told(mean, spread))
+            number |= {figure: mean, f"{figure} sd": spread}
+        source, seconds, memory = own["source"].mean(), own["seconds"].median(), own["memory"].max()
+        row += [told(source, float("nan")), _plain(seconds, 1), _plain(memory, 0)]
+        numbers.append({**number, "source": source, "seconds": seconds, "peak MiB": memory})
+        rows.append(row)
+    rules = ", ".join(sorted(set(data["select_by"].dropna())))
+    plural = "s" * (len(tasks) > 1)
+    caption = (
+        f"{_measure(measure)} in %, average over {len(tasks)} task{plural}; mean ± standard deviation over "
+        f"{_seeds(data)}. Last: last epoch. Selected: by the label-free score {rules}. Oracle: best epoch by "
+        "target labels. Source: accuracy on held-back source data. Seconds: median training time of a run; "
+        "MiB: largest peak memory."
+    )
+    return Table(["method", *FIGURES, "source", "seconds", "MiB"], rows, caption, pd.DataFrame(numbers))
+
+
+def _plain(value: float, digits: int) -> str:
+    return "-" if value is None or np.isnan(value) else f"{value:.{digits}f}"
+
+
+def scores_table(
+    data: pd.DataFrame, tasks: Sequence[str] | None = None, methods: Sequence[str] | None = None
+) -> Table:
+    """What each label-free score is worth.
+
+    Spearman's rank correlation, over the runs (methods and seeds) of a task, of the score at the last epoch
+    with the
+    target accuracy there: mean, least and greatest over tasks. And the accuracy of the epochs that the
+    score takes, as a difference to the last epoch, mean over all runs.
+    """
+    tasks, methods = in_order(data["task"], tasks), in_order(data["method"], methods)
+    data = data[data["task"].isin(tasks) & data["method"].isin(methods)]
+    names = [c.removeprefix("score:") for c in data.columns if c.startswith("score:")]
+    rows, numbers = [], []
+    for name in names:
+        found = {t: spearman(own[f"score:{name}"], own["last"]) for t, own in data.groupby("task")}
+        rho = np.array([v for v in found.values() if not np.isnan(v)])
+        if not len(rho):
+            continue
+        gain = (data[f"chosen:{name}"] - data["last"]).mean()
+        rows.append([name, f"{rho.mean():+.2f}", f"{rho.min():+.2f}", f"{rho.max():+.2f}", f"{gain:+.2f}"])
+        numbers.append(
+            {"score": name, "mean": rho.mean(), "least": rho.min(), "greatest": rho.max(), "gain": gain}
+        )
+    order = sorted(range(len(rows)), key=lambda i: -numbers[i]["mean"])
+    caption = (
+        "Label-free scores: Spearman's rank correlation of the score at the last epoch with target accuracy, "
+        f"over the {len(methods)} methods x {_seeds(data)} of a task (mean, least and greatest over "
+        f"{len(tasks)} tasks); and what choosing the epoch by the score changes in target accuracy against "
+        "the last epoch, in points. Target labels judge the scores here, and chose nothing."
+    )
+    return Table(
+        ["score", "correlation", "least", "greatest", "epoch choice"], [rows[i] for i in order], caption,
+        pd.DataFrame([numbers[i] for i in order]),
+    )  # fmt: skip
