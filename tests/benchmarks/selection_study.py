@@ -14,29 +14,53 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from scipy.stats import spearmanr
 
 from uda.selection import SCORES, VOTERS, select_epoch, vote
 
-ROOT = Path(__file__).resolve().parents[2]
+#: all that a run is made with, here and not in configs/, so that the figures stay what they were measured on
+BASE = {
+    "model": {
+        "backbone": "small_cnn",
+        "bottleneck": 128,
+        "optimizer": {
+            "class_path": "torch.optim.SGD",
+            "init_args": {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 0.001},
+        },
+        "scores": list(SCORES),
+    },
+    "data": {
+        "reader": {"class_path": "Digits"}, "source": "rendered", "target": "handwritten", "batch_size": 64,
+        "epoch_steps": 40, "source_val_fraction": 0.1,
+    },
+    "trainer": {"max_epochs": 15, "accelerator": "cpu", "enable_progress_bar": False},
+}  # fmt: skip
 METHODS = {
-    "source_only": ["--config", "configs/digits_source_only.yaml"],
-    "dann_mcc": ["--config", "configs/digits_dann.yaml"],
-    "cdan_mcc": ["--config", "configs/digits_dann.yaml", "--model.plugins.align", "CDAN"],
+    "source_only": {},
+    "dann_mcc": {"align": {"class_path": "DANN"}, "refine": {"class_path": "MCC"}},
+    "cdan_mcc": {"align": {"class_path": "CDAN"}, "refine": {"class_path": "MCC"}},
 }
 ORACLE = "oracle/target_accuracy"
 Rows = list[dict[str, float]]
 
 
-def history(run: Path, options: list[str], seed: int) -> Rows:
-    """Figures of each validation of a run, trained if need be."""
-    last = run / "checkpoints" / "last.ckpt"
+def history(run: Path, plugins: dict[str, dict], seed: int) -> Rows:
+    """Figures of each validation of a run, trained if need be.
+
+    Raises:
+        RuntimeError: a run that is there, but was made with other settings.
+    """
+    last, config = run / "checkpoints" / "last.ckpt", run.with_suffix(".yaml")
+    text = yaml.safe_dump({**BASE, "seed_everything": seed, "model": {**BASE["model"], "plugins": plugins}})
     if not last.is_file():
-        command = [sys.executable, "-m", "uda.cli", "fit", *options, f"--run_dir={run}"]
-        command += [f"--model.scores=[{','.join(SCORES)}]", f"--seed_everything={seed}"]
-        command += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text(text)
+        command = [sys.executable, "-m", "uda.cli", "fit", "--config", str(config), f"--run_dir={run}"]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, cwd=ROOT, env=env, stdout=sys.stderr)
+        subprocess.run(command, check=True, env=env, stdout=sys.stderr)
+    elif config.read_text() != text:
+        raise RuntimeError(f"{run} was made with other settings: give another folder.")
     callbacks = torch.load(last, map_location="cpu", weights_only=True)["callbacks"]
     return next(state["history"] for name, state in callbacks.items() if name.startswith("RunSummary"))
 
@@ -92,14 +116,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("options", nargs="*", help="more options of uda fit, after --")
     given = parser.parse_args()
     torch.set_num_threads(1)
     runs = {}
-    for method, options in METHODS.items():
+    for method, plugins in METHODS.items():
         for seed in range(given.seeds):
             name = f"{method}_{seed}"
-            runs[name] = history(given.out.absolute() / name, [*options, *given.options], seed)
+            runs[name] = history(given.out.absolute() / name, plugins, seed)
             print(
                 f"{name}: last {runs[name][-1][ORACLE]:.4f}, best {max(oracle(runs[name])):.4f}, collapsed "
                 f"{sum(r['select/collapsed'] for r in runs[name]):.0f} of {len(runs[name])}",
