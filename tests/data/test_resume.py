@@ -80,6 +80,23 @@ def test_resume_after_validation_or_epoch_end(run, same, tmp_path, where):
         assert same(run(ckpt_path=path, val_check_interval=3), whole[batches_done(path) :]), path
 
 
+def test_resume_with_a_schedule_over_the_whole_run(trainer, recorder, same, tmp_path):
+    class Scheduled(recorder):
+        def configure_optimizers(self):
+            # asking for the number of steps sets the loaders up before the counters are restored
+            steps = int(self.trainer.estimated_stepping_batches)
+            optimizer = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=7, save_top_k=-1)
+    whole = Scheduled(NEEDS)
+    trainer(max_epochs=4, enable_checkpointing=True, callbacks=[saver]).fit(whole, data())
+    resumed = Scheduled(NEEDS)
+    trainer(max_epochs=4).fit(resumed, data(), ckpt_path=tmp_path / "step=7.ckpt")
+    assert same(resumed.seen, whole.seen[7:])
+
+
 def test_resume_with_other_settings_warns(run, tmp_path):
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3)
     run(enable_checkpointing=True, callbacks=[saver])

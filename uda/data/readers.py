@@ -58,10 +58,11 @@ class ImageFolders(Reader):
 
     Args:
         root: folder of the domain folders.
+        subfolder: between a domain's folder and its class folders (``images`` in the original Office-31).
     """
 
-    def __init__(self, root: str) -> None:
-        self.root = os.path.expanduser(str(root))
+    def __init__(self, root: str, subfolder: str = "") -> None:
+        self.root, self.subfolder = os.path.expanduser(str(root)), subfolder
 
     def domains(self) -> list[str]:
         """Names of the domains."""
@@ -73,7 +74,9 @@ class ImageFolders(Reader):
     def read(self, domain: str) -> DomainData:
         """Read one domain."""
         self._known(domain, f"folder {self.root!r}")
-        folder = os.path.join(self.root, domain)
+        folder = os.path.normpath(os.path.join(self.root, domain, self.subfolder))
+        if not os.path.isdir(folder):
+            raise UDAError(f"domain {domain!r} has no folder {folder!r}; check subfolder")
         flat, classes = [], []
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda e: e.name):
