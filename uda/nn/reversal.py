@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uda.errors import UDAError, nearest
+
 
 class _Reverse(torch.autograd.Function):
     @staticmethod
@@ -37,6 +39,20 @@ def warm_start(progress: float, gamma: float = 10.0, low: float = 0.0, high: flo
     """
     span = high - low
     return 2 * span / (1 + math.exp(-gamma * progress)) - span + low
+
+
+RAMPS = ("none", "linear", "warm_start")
+
+
+def ramp(shape: str, progress: float) -> float:
+    """Factor in [0, 1] that a weight grows by: ``none`` is 1, ``linear`` is p, ``warm_start`` is 2/(1+exp(-10p))-1.
+
+    Raises:
+        UDAError: unknown shape.
+    """
+    if shape not in RAMPS:
+        raise UDAError(f"Unknown ramp {shape!r}. {nearest(shape, RAMPS)}")
+    return {"none": 1.0, "linear": progress}[shape] if shape != "warm_start" else warm_start(progress)
 
 
 def warm_start_iterations(iteration: int, alpha: float = 1.0, max_iters: int = 1000) -> float:

@@ -107,13 +107,16 @@ def test_information_against_loops():
 
 
 @pytest.mark.parametrize("cls", [MCC, EntropyMinimisation])
-def test_warm_start_scales_the_objective(cls):
+def test_ramps_scale_the_objective(cls):
     logits = torch.randn(5, 3)
     full = float(objective(cls(weight=1.0), logits))
     for progress in (0.0, 0.1, 1.0):
-        ramp = 2 / (1 + math.exp(-5 * progress)) - 1
-        got = float(objective(cls(weight=1.0, gamma=5.0), logits, progress))
-        assert got == pytest.approx(ramp * full, rel=1e-5, abs=1e-9)
+        warm = 2 / (1 + math.exp(-10 * progress)) - 1
+        for ramp, factor in (("none", 1.0), ("linear", progress), ("warm_start", warm)):
+            got = float(objective(cls(weight=1.0, ramp=ramp), logits, progress))
+            assert got == pytest.approx(factor * full, rel=1e-5, abs=1e-9)
+    with pytest.raises(uda.UDAError, match="'linaer'.*'linear'"):
+        cls(ramp="linaer")
 
 
 @pytest.mark.parametrize("cls", [MCC, EntropyMinimisation])
@@ -133,7 +136,7 @@ def test_bad_arguments_are_refused():
         EntropyMinimisation(weight=-1.0)
 
 
-CASES = [(MCC, {}), (EntropyMinimisation, {}), (EntropyMinimisation, {"diversity": True, "gamma": 3.0})]
+CASES = [(MCC, {}), (EntropyMinimisation, {}), (EntropyMinimisation, {"diversity": True, "ramp": "linear"})]
 IDS = ["MCC", "entropy", "information"]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import uda
 from uda.losses import information_maximisation, mean_entropy
-from uda.nn import warm_start
+from uda.nn import ramp as ramp_factor
 
 
 class EntropyMinimisation(uda.Plugin):
@@ -20,24 +20,25 @@ class EntropyMinimisation(uda.Plugin):
     Args:
         weight: of the objective. Entropy alone tends to collapse at large weights; the field uses 0.01 to 0.1.
         diversity: maximise the entropy of the mean prediction as well.
-        gamma: steepness of a warm start over the run's progress; 0 for none.
+        ramp: growth of the weight over the run's progress: ``none``, ``linear``, ``warm_start``.
     """
 
     settings = ("closed", "multi-source", "source-free")
     search_space = {"weight": (0.01, 1.0, "log"), "diversity": [False, True]}
 
-    def __init__(self, weight: float = 0.1, diversity: bool = False, gamma: float = 0.0) -> None:
+    def __init__(self, weight: float = 0.1, diversity: bool = False, ramp: str = "none") -> None:
         super().__init__()
         if weight < 0:
             raise uda.UDAError("EntropyMinimisation: weight must not be negative.")
-        self.weight, self.diversity, self.gamma = weight, diversity, gamma
+        ramp_factor(ramp, 0.0)  # an unknown ramp is refused here
+        self.weight, self.diversity, self.ramp = weight, diversity, ramp
 
     @uda.hookimpl
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
         """The entropy objective; with ``diversity`` shifted by log C, so that it is never negative."""
         logits = step.target.logits
-        ramp = warm_start(step.progress, self.gamma) if self.gamma else 1.0
+        weight = self.weight * ramp_factor(self.ramp, step.progress)
         if self.diversity:
             value = math.log(logits.shape[1]) - information_maximisation(logits)
-            return {"information": self.weight * ramp * value}
-        return {"entropy": self.weight * ramp * mean_entropy(logits)}
+            return {"information": weight * value}
+        return {"entropy": weight * mean_entropy(logits)}

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import uda
 from uda.losses import minimum_class_confusion
-from uda.nn import warm_start
+from uda.nn import ramp as ramp_factor
 
 
 class MCC(uda.Plugin):
@@ -17,21 +17,22 @@ class MCC(uda.Plugin):
     Args:
         weight: of the objective (the paper: 1).
         temperature: softens the predictions before confusion is counted (2.5; 3 on VisDA, 2 on DomainNet).
-        gamma: steepness of a warm start ``2 / (1 + exp(-gamma p)) - 1`` over the run's progress; 0 for none, as
-            in the paper.
+        ramp: growth of the weight over the run's progress p: ``none`` (the paper), ``linear`` (p), ``warm_start``
+            (2 / (1 + exp(-10 p)) - 1). Confident targets early in training fix the errors of an untrained classifier.
     """
 
     settings = ("closed", "partial", "multi-source", "source-free")
-    search_space = {"weight": (0.1, 3.0, "log"), "temperature": (1.0, 4.0)}
+    search_space = {"weight": (0.1, 3.0, "log"), "temperature": (1.0, 4.0), "ramp": ["none", "linear"]}
 
-    def __init__(self, weight: float = 1.0, temperature: float = 2.5, gamma: float = 0.0) -> None:
+    def __init__(self, weight: float = 1.0, temperature: float = 2.5, ramp: str = "none") -> None:
         super().__init__()
         if weight < 0 or temperature <= 0:
             raise uda.UDAError("MCC: weight must not be negative, and temperature must be positive.")
-        self.weight, self.temperature, self.gamma = weight, temperature, gamma
+        ramp_factor(ramp, 0.0)  # an unknown ramp is refused here
+        self.weight, self.temperature, self.ramp = weight, temperature, ramp
 
     @uda.hookimpl
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
         """The confusion objective."""
-        ramp = warm_start(step.progress, self.gamma) if self.gamma else 1.0
-        return {"confusion": self.weight * ramp * minimum_class_confusion(step.target.logits, self.temperature)}
+        weight = self.weight * ramp_factor(self.ramp, step.progress)
+        return {"confusion": weight * minimum_class_confusion(step.target.logits, self.temperature)}

@@ -1,0 +1,116 @@
+"""Every config in the tree runs a few steps, on generated data of its layout where the real data is not at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.yaml"))
+CLASSES = {"office_home": 65, "pacs": 7}
+
+
+def listed(value) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
+def image_folders(root: Path, domains: list[str], classes: int, each: int = 3) -> None:
+    """``domain/class/picture.jpg``: each class has its colour, each domain its brightness."""
+    draw = np.random.default_rng(0)
+    for d, domain in enumerate(domains):
+        for c in range(classes):
+            folder = root / domain / f"class_{c:02d}"
+            folder.mkdir(parents=True)
+            for i in range(each):
+                pixels = draw.integers(0, 80, (40, 40, 3)) + np.array([c * 2, 150 - c * 2, 40 * d])
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:05d}.jpg")
+
+
+def array_file(path: Path, reader: dict, domains: list[str], options: dict) -> None:
+    """An npz with the keys that the config asks for."""
+    draw = np.random.default_rng(0)
+    arguments, out = reader["init_args"], {}
+    images = arguments.get("kind") == "images"
+    shape = (28, 28) if images else (64,)
+    for domain in domains:
+        y = np.arange(400) % 10
+        x = draw.normal(size=(400, *shape)) + y.reshape(-1, *[1] * len(shape))
+        out[arguments.get("x_key", "{domain}_x").format(domain=domain)] = (
+            (x.clip(0, 1) * 255).astype(np.uint8) if images else x.astype(np.float32)
+        )
+        out[arguments.get("y_key", "{domain}_y").format(domain=domain)] = y
+    np.savez(path, **out)
+
+
+def stand_in(config: dict, name: str, folder: Path) -> list[str]:
+    """Overrides that put generated data of the same layout in the place of the real data."""
+    data = config["data"]
+    domains = [*listed(data["source"]), data["target"]]
+    reader = data["reader"]
+    kind = reader["class_path"].rpartition(".")[2]
+    if kind == "ImageFolders":
+        classes = next((n for key, n in CLASSES.items() if name.startswith(key)), 5)
+        image_folders(folder / "images", domains, classes)
+        return [
+            f"--data.reader.init_args.root={folder / 'images'}", "--data.views.init_args.size=32",
+            "--data.views.init_args.resize=36", "--data.batch_size=4", "--data.num_workers=0",
+        ]  # fmt: skip
+    if kind == "Arrays":
+        array_file(folder / "arrays.npz", reader, domains, data)
+        return [f"--data.reader.init_args.path={folder / 'arrays.npz'}"]
+    return []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_runs(name, tmp_path, monkeypatch):
+    from uda.cli import main
+
+    config = yaml.safe_load((ROOT / "configs" / name).read_text())
+    words = stand_in(config, name, tmp_path)
+    backbone = config["model"]["backbone"]
+    if isinstance(backbone, dict) and backbone.get("init_args", {}).get("pretrained"):
+        words.append("--model.backbone.init_args.pretrained=false")  # nothing is fetched in a test
+    monkeypatch.chdir(tmp_path)
+    code = main([
+        "fit", "--config", str(ROOT / "configs" / name), *words, "--data.epoch_steps=2", "--trainer.max_epochs=1",
+        "--trainer.enable_progress_bar=false", "--run_dir", str(tmp_path / "run"),
+    ])  # fmt: skip
+    assert code == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert 0 <= summary["target_accuracy"]["last"] <= 1
+    data = config["data"]
+    assert summary["target"] == data["target"]
+
+
+@pytest.mark.slow
+def test_every_other_pair_is_one_override(tmp_path, monkeypatch):
+    from uda.cli import main
+
+    image_folders(tmp_path / "images", ["Art", "Clipart", "Product", "Real World"], 65, each=2)
+    monkeypatch.chdir(tmp_path)
+
+    code = main([
+        "fit", "--config", str(ROOT / "configs" / "office_home_dann.yaml"),
+        f"--data.reader.init_args.root={tmp_path / 'images'}", "--data.source=Real World", "--data.target=Product",
+        "--model.backbone.init_args.pretrained=false", "--data.views.init_args.size=32",
+        "--data.views.init_args.resize=36", "--data.batch_size=4", "--data.num_workers=0", "--data.epoch_steps=1",
+        "--trainer.max_epochs=1", "--run_dir", str(tmp_path / "run"),
+    ])  # fmt: skip
+    assert code == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["source"] in ("Real World", ["Real World"])
+    assert summary["target"] == "Product"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_says_how_it_is_run(name):
+    text = (ROOT / "configs" / name).read_text()
+    assert f"uda fit --config configs/{name}" in text
+    assert name in (ROOT / "configs" / "README.md").read_text(), f"configs/README.md does not list {name}"
