@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from uda import running
+from uda import checks, running
 from uda.passes import DomainPool, PoolCollector
 from uda.plugin import Prediction
 from uda.selection.shared import SharedScores
@@ -102,6 +102,8 @@ class EvaluationLoop(L.LightningModule):
     def _start_evaluation(self) -> None:
         self._evaluation = Evaluation(self)
         stage = "test" if self.trainer.testing else "val"
+        if stage == "test":
+            checks.check_adapt(self)
         self._eval_domains = running.eval_domains(self, stage)
         if stage == "val" and not self.trainer.sanity_checking:
             for name, role in self._eval_domains:
@@ -138,7 +140,7 @@ class EvaluationLoop(L.LightningModule):
         self._evaluate(batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``source_accuracy``, ``oracle/...``, ``select/...``, and ``guarded/...`` for callbacks to monitor."""
+        """Log ``source_accuracy``, ``oracle/...``, ``select/...``, and ``guarded/...`` for callbacks."""
         self._finish_evaluation("")
 
     def on_test_epoch_start(self) -> None:
@@ -152,6 +154,10 @@ class EvaluationLoop(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the same figures with the prefix ``test/``."""
         self._finish_evaluation("test/")
+
+    def on_predict_epoch_start(self) -> None:
+        """Conditions of test-time adaptation."""
+        checks.check_adapt(self)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """``index``, ``label``, ``score``, ``unknown`` and ``probs`` of a target batch."""

@@ -9,14 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import uda
+from uda.data import DataModule
 from uda.run.summary import RunSummary
 from uda.selection import DEFAULT_SCORES, SCORES, needed_scores, running_choice
 from uda.selection.pool import RowSample, draw_order
+from uda.selection.shared import SharedScores
+from uda.testing.task import TinyTask
 
 HERE = Path(__file__).resolve()
 LOOSE = {"min_used": 0.0, "max_share": 1.0, "min_rank": 0.0}
@@ -60,6 +64,43 @@ def test_scores_of_a_run_equal_those_of_its_predictions(small_data, quiet_traine
     assert found["im"] == pytest.approx(float(uda.selection.information_maximisation(z)), rel=1e-5)
     for name in ("snd", "rankme", "dev"):
         assert found[name] == pytest.approx(float(SCORES[name].score(pool)), rel=1e-4)
+
+
+def test_target_labels_change_no_score(quiet_trainer):
+    def scores(permute):
+        task = TinyTask(permute=permute)
+        data = DataModule(task, source="source", target="target", batch_size=16, epoch_steps=40, seed=0)
+        trainer = quiet_trainer(max_epochs=1)
+        L.seed_everything(0, verbose=False)
+        trainer.fit(make(scores=list(SCORES), score_options=LOOSE), data)
+        return figures(trainer), figures(trainer, "oracle/")
+
+    (plain, accuracy), (permuted, other_accuracy) = scores(0), scores(5)
+    assert plain == permuted
+    assert accuracy != other_accuracy
+
+
+def test_two_sources_share_the_cap(quiet_trainer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(SharedScores, "_of_pool", lambda self, pool: seen.append(pool) or {})
+    data = DataModule(
+        TinyTask(sources=2), source=["source", "source2"], target="target", batch_size=8, epoch_steps=2,
+        source_val_fraction=0.5, seed=0,
+    )  # fmt: skip
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(make(scores=["dev"], score_options={"cap": 21}), data)
+    pool = seen[-1]
+    assert pool.target_features.shape == (21, 8)
+    assert pool.source_features.shape == (22, 8)  # 11 of each
+    assert pool.source_logits.shape == (22, 3)
+    assert pool.source_y.min() >= 0
+    assert pool.class_vectors.shape == (3, 8)
+
+
+def test_a_score_that_fails_says_so(small_data, quiet_trainer):
+    model = make(scores=["dev"], score_options={"cap": 3})
+    with pytest.raises(uda.UDAError, match="model.scores failed.*at least 4 source validation rows, got 3"):
+        quiet_trainer(max_epochs=1).fit(model, small_data())
 
 
 def test_only_cheap_scores_by_default(small_data, quiet_trainer):
@@ -169,9 +210,7 @@ def test_density_of_many_samples_needs_little_memory():
 
 def run_rank(out: str) -> None:
     """One process of the test below."""
-    import lightning as L
-
-    from uda.data import DataModule, Generated
+    from uda.data import Generated
 
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)

@@ -158,14 +158,14 @@ class SharedScores:
 
     def _of_pool(self, pool: ScorePool) -> dict[str, float]:
         """Computed by the first rank alone, so that no two ranks disagree in the last digit."""
-        strategy, found = self.model.trainer.strategy, None
+        strategy, found, cause = self.model.trainer.strategy, None, None
         if strategy.is_global_zero:
             try:
                 finite = pool.finite()
                 found = {n: float(SCORES[n].score(pool)) if finite else torch.nan for n in self.from_pool}
-            except UDAError as error:
-                found = str(error)
+            except Exception as error:  # the other ranks wait for an answer, whatever it is
+                found, cause = f"{type(error).__name__}: {error}", error
         found = strategy.broadcast(found)
         if isinstance(found, str):
-            raise UDAError(found)
+            raise UDAError(f"A label-free score of model.scores failed: {found}") from cause
         return found
