@@ -104,9 +104,7 @@ def kmeans(x, centres, rounds=300):
     centres, labels = centres.copy(), None
     for _ in range(rounds):
         labels = np.array([int(np.argmin([((v - c) ** 2).sum() for c in centres])) for v in x])
-        new = np.array(
-            [x[labels == k].mean(0) if (labels == k).any() else centres[k] for k in range(len(centres))]
-        )
+        new = np.array([x[labels == k].mean(0) if (labels == k).any() else centres[k] for k in range(len(centres))])
         if np.allclose(new, centres):
             break
         centres = new
@@ -116,9 +114,7 @@ def kmeans(x, centres, rounds=300):
 def adjusted_mutual_information(a, b):
     """(I - E[I]) / (mean(H(a), H(b)) - E[I]), E over the hypergeometric model (Vinh et al. 2010)."""
     n, rows, columns = len(a), sorted(set(a)), sorted(set(b))
-    count = np.array(
-        [[sum(1 for u, v in zip(a, b, strict=True) if u == r and v == c) for c in columns] for r in rows]
-    )
+    count = np.array([[sum(1 for u, v in zip(a, b, strict=True) if u == r and v == c) for c in columns] for r in rows])
     sa, sb = count.sum(1), count.sum(0)
     info = expected = 0.0
     for i in range(len(rows)):
@@ -126,11 +122,7 @@ def adjusted_mutual_information(a, b):
             if count[i, j]:
                 info += count[i, j] / n * math.log(n * count[i, j] / (sa[i] * sb[j]))
             for k in range(max(1, sa[i] + sb[j] - n), min(sa[i], sb[j]) + 1):
-                ways = (
-                    math.comb(int(sb[j]), k)
-                    * math.comb(int(n - sb[j]), int(sa[i] - k))
-                    / math.comb(n, int(sa[i]))
-                )
+                ways = math.comb(int(sb[j]), k) * math.comb(int(n - sb[j]), int(sa[i] - k)) / math.comb(n, int(sa[i]))
                 expected += ways * k / n * math.log(n * k / (sa[i] * sb[j]))
     mean = (entropy(sa / n) + entropy(sb / n)) / 2
     return (info - expected) / (mean - expected)

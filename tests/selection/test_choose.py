@@ -17,8 +17,7 @@ def rows(collapsed=None, **scores):
     n = len(next(iter(scores.values())))
     flags = collapsed or [0] * n
     return [
-        {"epoch": i, "select/collapsed": flags[i], **{f"select/{k}": v[i] for k, v in scores.items()}}
-        for i in range(n)
+        {"epoch": i, "select/collapsed": flags[i], **{f"select/{k}": v[i] for k, v in scores.items()}} for i in range(n)
     ]
 
 

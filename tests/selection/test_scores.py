@@ -238,7 +238,7 @@ def test_bad_input_is_told():
         selection.density_ratio(torch.zeros(0, 3), torch.zeros(4, 3), torch.zeros(1, 3))
     with pytest.raises(uda.UDAError, match="at least 4"):
         selection.cross_fitted_weights(torch.zeros(3, 3), torch.zeros(4, 3))
+    with pytest.raises(uda.UDAError, match=r"\(5, 1\) and \(5,\)"):
+        selection.dev(torch.ones(5, 1), torch.ones(5))
     with pytest.raises(uda.UDAError, match="class_vectors"):
-        selection.TransferScore.score(
-            selection.ScorePool(*(torch.zeros(4, 3) for _ in range(4)), torch.zeros(4))
-        )
+        selection.TransferScore.score(selection.ScorePool(*(torch.zeros(4, 3) for _ in range(4)), torch.zeros(4)))

@@ -32,9 +32,7 @@ def make(**options):
 
 
 def figures(trainer, prefix="select/"):
-    return {
-        k.removeprefix(prefix): float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)
-    }
+    return {k.removeprefix(prefix): float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
 
 
 def test_all_scores_of_one_pass(small_data, quiet_trainer):
@@ -99,7 +97,7 @@ def test_two_sources_share_the_cap(quiet_trainer, monkeypatch):
 
 def test_a_score_that_fails_says_so(small_data, quiet_trainer):
     model = make(scores=["dev"], score_options={"cap": 3})
-    with pytest.raises(uda.UDAError, match="model.scores failed.*at least 4 source validation rows, got 3"):
+    with pytest.raises(uda.UDAError, match=r"model.scores failed.*at least 4 source validation rows, got 3"):
         quiet_trainer(max_epochs=1).fit(model, small_data())
 
 
@@ -236,17 +234,13 @@ def test_two_processes_give_the_scores_of_one(tmp_path):
         port = s.getsockname()[1]
     out = str(tmp_path / "scores")
     folder = str(HERE.parent)
-    code = (
-        f"import sys; sys.path[:0] = [{folder!r}]; from test_shared_pass import run_rank; run_rank({out!r})"
-    )
+    code = f"import sys; sys.path[:0] = [{folder!r}]; from test_shared_pass import run_rank; run_rank({out!r})"
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PYTEST_", "TORCHELASTIC_"))}
     plain |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     ddp = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     started = [subprocess.Popen([sys.executable, "-c", code], env=plain)]
     for rank in ("0", "1"):
-        started.append(
-            subprocess.Popen([sys.executable, "-c", code], env={**plain, **ddp, "LOCAL_RANK": rank})
-        )
+        started.append(subprocess.Popen([sys.executable, "-c", code], env={**plain, **ddp, "LOCAL_RANK": rank}))
     try:
         assert [p.wait(180) for p in started] == [0, 0, 0]
     finally:

@@ -33,9 +33,7 @@ def vote(scores: Mapping[str, Sequence[float]]) -> np.ndarray:
     """
     lengths = {len(v) for v in scores.values()}
     if len(lengths) != 1 or 0 in lengths:
-        raise UDAError(
-            f"A vote needs as many values of each score as there are candidates, got {sorted(lengths)}."
-        )
+        raise UDAError(f"A vote needs as many values of each score as there are candidates, got {sorted(lengths)}.")
     table = [np.nan_to_num(np.asarray(v, np.float64), nan=-np.inf, posinf=-np.inf) for v in scores.values()]
     return np.mean([ranks(row) for row in table], axis=0) / max(1, lengths.pop() - 1)
 
@@ -97,9 +95,7 @@ def select_epoch(history: Sequence[Mapping[str, Any]], by: str | Sequence[str] =
         if first not in sound:
             told = f"epoch {history[first].get('epoch', first)} has the best {'+'.join(names)}"
             what = "it is refused" if sound else "all validations have, so none is selected"
-            warnings.warn(
-                f"The predictions have collapsed: {told}, but {what} (see docs/selection.md).", stacklevel=2
-            )
+            warnings.warn(f"The predictions have collapsed: {told}, but {what} (see docs/selection.md).", stacklevel=2)
     if not sound:
         return None
     return sound[int(np.argmax(_preference([history[i] for i in sound], names)))]

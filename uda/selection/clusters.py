@@ -35,9 +35,7 @@ def class_clusters(features: Tensor, logits: Tensor) -> Tensor:
     for c in np.unique(labels):
         start[c] = x[labels == c].mean(0)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # fewer distinct points than clusters: the score is low, as it should be
+        warnings.simplefilter("ignore")  # fewer distinct points than clusters: the score is low, as it should be
         found = KMeans(classes, init=start, n_init=1, algorithm="lloyd").fit_predict(x)
     return torch.tensor(float(adjusted_mutual_info_score(labels, found)), dtype=torch.float64)
 

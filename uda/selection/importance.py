@@ -28,9 +28,7 @@ def density_ratio(source: Tensor, target: Tensor, query: Tensor, regularisation:
     from sklearn.linear_model import LogisticRegression
 
     if not len(source) or not len(target):
-        raise UDAError(
-            "A density ratio needs features of both domains: this run has no source validation data."
-        )
+        raise UDAError("A density ratio needs features of both domains: this run has no source validation data.")
     s, t, q = (x.detach().cpu().double().numpy() for x in (source, target, query))
     x = np.concatenate((s, t))
     mean, scale = x.mean(0), x.std(0)
@@ -77,9 +75,13 @@ def dev(weights: Tensor, errors: Tensor) -> Tensor:
 
     ``-(mean(w e) + eta mean(w) - eta)`` with ``eta = -Cov(w e, w) / Var(w)`` (You et al. 2019, and the
     authors' ``dev.py``); 0 where all weights are equal. The true mean of ``w`` is 1, which lowers the
-    variance. Fails where domains overlap little, and can be positive then; it knows nothing of how target
-    classes moved.
+    variance. skada 0.6.0 with its default loss multiplies weights ``[M, 1]`` by errors ``[M]``, an outer
+    product, and so gives another number. Fails where domains overlap little, and can be positive then; it
+    knows nothing of how target classes moved.
     """
+    if weights.ndim != 1 or weights.shape != errors.shape:  # [n, 1] and [n] would make an outer product
+        shapes = f"{tuple(weights.shape)} and {tuple(errors.shape)}"
+        raise UDAError(f"DEV needs weights and errors of one shape [M], got {shapes}.")
     w, e = weights.double(), errors.double()
     if len(w) < 2:
         raise UDAError("DEV needs at least two source validation rows.")

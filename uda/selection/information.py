@@ -16,8 +16,8 @@ def _of_mean(sums: Sums) -> Tensor:
 def negative_entropy(logits: Tensor) -> Tensor:
     """``-mean_i H(p_i)`` of target logits ``[N, C]``; in ``[-log C, 0]`` (Morerio et al. 2018).
 
-    Fails where predictions are confident and wrong: it is largest for a model that puts everything in one
-    class.
+    skada's scorer divides by C as well, since it averages over samples and classes. Fails where predictions
+    are confident and wrong: it is largest for a model that puts everything in one class.
     """
     return NegativeEntropy.score(Sums.of(logits))
 

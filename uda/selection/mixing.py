@@ -32,9 +32,7 @@ def mix(x: Tensor, partner: Tensor, share: float = SHARE) -> Tensor:
         UDAError: inputs that are no real numbers (tokens).
     """
     if not x.is_floating_point():
-        raise UDAError(
-            "MixVal adds inputs up, which these inputs (whole numbers) do not allow: leave mixval out."
-        )
+        raise UDAError("MixVal adds inputs up, which these inputs (whole numbers) do not allow: leave mixval out.")
     return share * x + (1 - share) * x[partner]
 
 

@@ -92,9 +92,7 @@ class PoolScore(Metric):
 def draw_order(index: Tensor, seed: int) -> Tensor:
     """A pseudo-random number for each sample index, int64 ``[n]`` (SplitMix64), the same on any machine."""
     with np.errstate(over="ignore"):
-        z = index.cpu().numpy().astype(np.uint64) + np.uint64(seed % 2**32 + 1) * np.uint64(
-            0x9E3779B97F4A7C15
-        )
+        z = index.cpu().numpy().astype(np.uint64) + np.uint64(seed % 2**32 + 1) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return torch.from_numpy(((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64))
