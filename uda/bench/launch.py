@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +23,8 @@ from uda.bench.suite import Run
 #: imported once by the process that runs are forked from: seconds of start-up that a run does not pay
 _PRELOAD = ["uda.lightning_cli"]
 _START = threading.Lock()
+#: processes of runs in progress, and whether they were told to stop
+_RUNNING: dict[Any, bool] = {}
 
 
 @dataclass(frozen=True)
@@ -91,17 +95,30 @@ def forked(run: Run, clean: bool = False, environment: dict[str, str] | None = N
     began = time.monotonic()
     with _START:
         context.set_forkserver_preload(_PRELOAD)
-        process = context.Process(
-            target=_forked, args=(argv, str(log), os.getcwd(), run.threads, environment or {})
-        )
+        process = context.Process(target=_forked, args=(argv, str(log), os.getcwd(), run.threads, environment or {}))
         process.start()
+        _RUNNING[process] = False
     process.join()
+    del _RUNNING[process]
     code = process.exitcode
     return Outcome(code, time.monotonic() - began, last_lines(log) if code else "", used)
 
 
+def interrupt(kill: bool = False) -> None:
+    """Tell all runs in progress, once, to write a checkpoint and stop; or end them at once."""
+    with _START:
+        for process, told in list(_RUNNING.items()):
+            if kill:
+                process.kill()
+            elif not told and process.pid is not None:
+                _RUNNING[process] = True
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGINT)
+
+
 def _forked(argv: list[str], log: str, cwd: str, threads: int, environment: dict[str, str]) -> None:
     """Body of the forked process."""
+    os.setpgrp()  # a terminal's Ctrl-C goes to the suite alone, which hands it on once
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 1)
     os.dup2(fd, 2)

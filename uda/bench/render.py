@@ -28,9 +28,7 @@ def _markdown(table: Table, caption: bool) -> str:
         ]
         return "| " + " | ".join([first, *rest]) + " |"
 
-    rule = (
-        "|" + "|".join("-" * (w + 2) if j == 0 else "-" * (w + 1) + ":" for j, w in enumerate(widths)) + "|"
-    )
+    rule = "|" + "|".join("-" * (w + 2) if j == 0 else "-" * (w + 1) + ":" for j, w in enumerate(widths)) + "|"
     text = "\n".join([line(head), rule, *map(line, rows)]) + "\n"
     return text + (f"\n{table.caption}\n" if caption else "")
 

@@ -6,12 +6,13 @@ import collections
 import statistics
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from uda.bench.claims import Claims
-from uda.bench.launch import Launch, forked
+from uda.bench.launch import Launch, forked, interrupt
 from uda.bench.ledger import Ledger
 from uda.bench.record import ledger_line
 from uda.bench.suite import Run
@@ -39,9 +40,7 @@ def check_distinct(runs: Iterable[Run]) -> None:
     seen: dict[str, str] = {}
     for run in runs:
         if run.key in seen:
-            raise UDAError(
-                f"{seen[run.key]} and {run.label} are the same run (equal config and seed): take one out."
-            )
+            raise UDAError(f"{seen[run.key]} and {run.label} are the same run (equal config and seed): take one out.")
         seen[run.key] = run.label
 
 
@@ -141,29 +140,46 @@ def run_all(
                 if all(r.key in waiting for r in list(queue)):
                     stopped.wait(_POLL)
                 continue
-            if (
-                line is None
-                and run.key not in ledger.finished()
-                and ledger.failures().get(run.key, 0) <= before
-            ):
+            if line is None and run.key not in ledger.finished() and ledger.failures().get(run.key, 0) <= before:
                 queue.append(run)  # its holder has died
                 continue
             tell(run, line)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(max(1, min(workers, total)))]
-    for thread in threads:
-        thread.start()
+    count = max(1, min(workers, total))
+    _wait_for_all([lambda number=i: work(number) for i in range(count)], stopped)
+    return tally
+
+
+def _wait_for_all(works: Sequence[Callable[[], None]], stopped: threading.Event) -> None:
+    """Do each work in a thread; Ctrl-C lets the runs in progress write a checkpoint, a second one ends them."""
+    ended, errors = [threading.Event() for _ in works], []
+
+    def guarded(work: Callable[[], None], end: threading.Event) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            end.set()
+
+    for work, end in zip(works, ended, strict=True):
+        threading.Thread(target=guarded, args=(work, end), daemon=True).start()
     try:
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(0.2)
+        # no Thread.join: in Python 3.11 an interrupt in it marks a running thread as ended
+        while not all(end.is_set() for end in ended):
+            time.sleep(0.05)
     except KeyboardInterrupt:
         stopped.set()
         print("uda: stopping; runs in progress write a checkpoint", file=sys.stderr, flush=True)
-        for thread in threads:
-            thread.join()
+        try:
+            while not all(end.is_set() for end in ended):
+                interrupt()
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            interrupt(kill=True)
         raise
-    return tally
+    if errors:
+        raise errors[0]
 
 
 def _told(run: Run, line: dict[str, Any] | None, target: bool) -> str:
@@ -214,9 +230,7 @@ def listing(runs: Sequence[Run], ledger: Ledger, workers: int = 1) -> str:
     guess, lines, left, unknown = estimate(runs, records), [], 0.0, 0
     for run in runs:
         if run.key in finished:
-            lines.append(
-                f"finished  {run.key}  {run.label}  ({duration(finished[run.key].get('wall_seconds', 0))})"
-            )
+            lines.append(f"finished  {run.key}  {run.label}  ({duration(finished[run.key].get('wall_seconds', 0))})")
             continue
         seconds = guess[run.key]
         unknown += seconds is None
@@ -225,10 +239,6 @@ def listing(runs: Sequence[Run], ledger: Ledger, workers: int = 1) -> str:
         about = "" if seconds is None else f"  (about {duration(seconds)})"
         lines.append(f"{word:<8}  {run.key}  {run.label}{about}")
     todo = sum(r.key not in finished for r in runs)
-    time_left = (
-        "no finished run to estimate the time from" if unknown else f"about {duration(left / workers)}"
-    )
-    lines.append(
-        f"{len(runs)} runs, {len(runs) - todo} finished, {todo} to run" + (f": {time_left}" if todo else "")
-    )
+    time_left = "no finished run to estimate the time from" if unknown else f"about {duration(left / workers)}"
+    lines.append(f"{len(runs)} runs, {len(runs) - todo} finished, {todo} to run" + (f": {time_left}" if todo else ""))
     return "\n".join(lines)

@@ -54,9 +54,7 @@ def submit_all(
     try:
         import submitit
     except ImportError as error:
-        raise UDAError(
-            "--executor submitit needs the package submitit: pip install uda-lightning[slurm]"
-        ) from error
+        raise UDAError("--executor submitit needs the package submitit: pip install uda-lightning[slurm]") from error
     check_distinct(runs)
     finished, failures = ledger.finished(), ledger.failures()
     todo = [r for r in runs if r.key not in finished]

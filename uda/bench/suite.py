@@ -149,11 +149,7 @@ class Suite:
             for task in self.tasks:
                 for method in self.methods:
                     config = self.config(task, method)
-                    out.append(
-                        Run(
-                            self.name, task, method, seed, self.select_by, config, self.runs_dir, self.threads
-                        )
-                    )
+                    out.append(Run(self.name, task, method, seed, self.select_by, config, self.runs_dir, self.threads))
         if only is None:
             return out
         pattern = only if set("*?[") & set(only) else f"*{only}*"
@@ -206,6 +202,4 @@ def _method(value: Any, where: str, folder: Path) -> dict[str, Any]:
 
 def _safe(name: str) -> str:
     """A folder's name: letters, digits, ``-_.+``; an arrow becomes ``-``."""
-    return "".join(
-        c if c.isalnum() or c in "-_.+" else "_" for c in name.replace("->", "-").replace("→", "-")
-    )
+    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name.replace("->", "-").replace("→", "-"))

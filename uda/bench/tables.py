@@ -124,11 +124,7 @@ def accuracy_table(
         row, number = [method], {"method": method}
         for task in [*tasks, *([AVERAGE] if len(tasks) > 1 else [])]:
             series = pairs.loc[method]
-            values = (
-                average_by_seed(series, tasks)
-                if task == AVERAGE
-                else series.get(task, pd.Series(dtype=float))
-            )
+            values = average_by_seed(series, tasks) if task == AVERAGE else series.get(task, pd.Series(dtype=float))
             mean, spread = mean_and_spread(values)
             row.append(told(mean, spread))
             number |= {task: mean, f"{task} sd": spread, f"{task} n": int(values.notna().sum())}
@@ -148,9 +144,7 @@ def accuracy_table(
 
 
 def _measure(measure: str) -> str:
-    return {"target_accuracy": "Target accuracy", "target_class_accuracy": "Target class-mean accuracy"}[
-        measure
-    ]
+    return {"target_accuracy": "Target accuracy", "target_class_accuracy": "Target class-mean accuracy"}[measure]
 
 
 def _figure(data: pd.DataFrame, figure: str) -> str:
@@ -169,7 +163,7 @@ def _seeds(data: pd.DataFrame) -> str:
 
 def _gaps(pairs: pd.DataFrame) -> str:
     missing = int(pairs.isna().sum().sum())
-    return f" ({missing} of {pairs.size} runs are missing)" if missing else ""
+    return f" ({missing} of {pairs.size} runs are missing, or had no epoch to select)" if missing else ""
 
 
 def figures_table(
@@ -210,9 +204,7 @@ def _plain(value: float, digits: int) -> str:
     return "-" if value is None or np.isnan(value) else f"{value:.{digits}f}"
 
 
-def scores_table(
-    data: pd.DataFrame, tasks: Sequence[str] | None = None, methods: Sequence[str] | None = None
-) -> Table:
+def scores_table(data: pd.DataFrame, tasks: Sequence[str] | None = None, methods: Sequence[str] | None = None) -> Table:
     """What each label-free score is worth.
 
     Spearman's rank correlation, over the runs (methods and seeds) of a task, of the score at the last epoch
@@ -231,9 +223,7 @@ def scores_table(
             continue
         gain = (data[f"chosen:{name}"] - data["last"]).mean()
         rows.append([name, f"{rho.mean():+.2f}", f"{rho.min():+.2f}", f"{rho.max():+.2f}", f"{gain:+.2f}"])
-        numbers.append(
-            {"score": name, "mean": rho.mean(), "least": rho.min(), "greatest": rho.max(), "gain": gain}
-        )
+        numbers.append({"score": name, "mean": rho.mean(), "least": rho.min(), "greatest": rho.max(), "gain": gain})
     order = sorted(range(len(rows)), key=lambda i: -numbers[i]["mean"])
     caption = (
         "Label-free scores: Spearman's rank correlation of the score at the last epoch with target accuracy, "

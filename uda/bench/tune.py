@@ -118,9 +118,7 @@ class Study:
 
         plugins = (self.runs[0].config.get("model") or {}).get("plugins") or {}
         if self.plugin not in plugins:
-            raise UDAError(
-                f"--plugin: the config has no plugin {self.plugin!r}. {nearest(self.plugin, plugins)}"
-            )
+            raise UDAError(f"--plugin: the config has no plugin {self.plugin!r}. {nearest(self.plugin, plugins)}")
         spec = plugins[self.plugin]
         class_path = spec if isinstance(spec, str) else spec["class_path"]
         space = dict(registry().get(class_path).search_space)
@@ -154,8 +152,7 @@ class Study:
             **{f"{prefix}.{k}": v for k, v in settings.items()},
         }
         return [
-            dataclasses.replace(r, config=with_overrides(_spelt(r.config, self.plugin), changes))
-            for r in self.runs
+            dataclasses.replace(r, config=with_overrides(_spelt(r.config, self.plugin), changes)) for r in self.runs
         ]
 
     def run(self, trials: int, workers: int = 1, gpus: Sequence[str] = ()) -> None:
@@ -169,9 +166,7 @@ class Study:
             from optuna.storages import JournalStorage
             from optuna.storages.journal import JournalFileBackend
         except ImportError as error:
-            raise UDAError(
-                "`uda bench tune` needs the package optuna: pip install uda-lightning[tune]"
-            ) from error
+            raise UDAError("`uda bench tune` needs the package optuna: pip install uda-lightning[tune]") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.study = optuna.create_study(
@@ -228,17 +223,13 @@ def _spelt(config: dict[str, Any], plugin: str) -> dict[str, Any]:
     """A config whose plugin is given in the long form."""
     spec = config["model"]["plugins"][plugin]
     return (
-        with_overrides(config, {f"model.plugins.{plugin}": {"class_path": spec}})
-        if isinstance(spec, str)
-        else config
+        with_overrides(config, {f"model.plugins.{plugin}": {"class_path": spec}}) if isinstance(spec, str) else config
     )
 
 
 def _only_method(suite: Suite, plugin: str) -> str:
     task = next(iter(suite.tasks))
-    found = [
-        m for m in suite.methods if plugin in (suite.config(task, m).get("model", {}).get("plugins") or {})
-    ]
+    found = [m for m in suite.methods if plugin in (suite.config(task, m).get("model", {}).get("plugins") or {})]
     if len(found) != 1:
         have = f"these have: {', '.join(found)}" if found else "none has"
         raise UDAError(f"--method: name one method of the suite that has the plugin {plugin!r} ({have}).")
