@@ -53,7 +53,7 @@ def history(run: Path, plugins: dict[str, dict], seed: int) -> Rows:
     """
     last, config = run / "checkpoints" / "last.ckpt", run.with_suffix(".yaml")
     text = yaml.safe_dump({**BASE, "seed_everything": seed, "model": {**BASE["model"], "plugins": plugins}})
-    if not last.is_file():
+    if not (run / "summary.json").is_file():  # written when a run has come to its end
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(text)
         command = [sys.executable, "-m", "uda.cli", "fit", "--config", str(config), f"--run_dir={run}"]
