@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,8 @@ from uda.bench.suite import Suite
 from uda.cli import main
 from uda.commands.bench import made_from_marker
 from uda.errors import UDAError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -143,3 +146,9 @@ def test_a_ledger_names_no_folder_of_one_machine(write_suite, fake, monkeypatch)
     text = suite.ledger.read_text()
     assert "/home/somebody" not in text
     assert json.loads(text.splitlines()[0])["config"]["data"]["reader"]["init_args"]["path"] == "${FOLDER:-x}/d.npz"
+
+
+def test_the_tables_of_this_projects_documents_say_what_their_ledgers_say():
+    count, differences = documents.check([ROOT / "docs"], made_from_marker)
+    assert count >= 1
+    assert differences == []
