@@ -86,7 +86,7 @@ def test_what_is_no_plugin_is_skipped(installed):
 
 def test_two_distributions_with_one_name(installed):
     registry = installed(Entry("Same", First, "one"), Entry("Same", Second, "two"))
-    with pytest.raises(uda.UDAError, match=r"offered by 2 distributions: .*First \(one\).*Second \(two\).*full class path"):
+    with pytest.raises(uda.UDAError, match=r"offered by 2 .*First \(one\).*Second \(two\).*full class path"):
         registry.get("Same")
     assert registry.get(f"{__name__}.Second") is Second
 

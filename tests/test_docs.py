@@ -12,7 +12,10 @@ from uda.hooks import HOOKS
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "hooks.md").read_text()
 TESTS = "\n".join(
-    p.read_text() for d in ("tests", "plugins") for p in sorted((ROOT / d).rglob("test_*.py")) if p.name != "test_docs.py"
+    p.read_text()
+    for d in ("tests", "plugins")
+    for p in sorted((ROOT / d).rglob("test_*.py"))
+    if p.name != "test_docs.py"
 )
 
 
@@ -36,7 +39,10 @@ def test_hook_is_exercised_by_a_test(hook):
     assert re.search(marked, TESTS), f"no test fills the hook {hook}"
 
 
-@pytest.mark.parametrize("path", sorted(p for d in ("docs", "plugins") for p in (ROOT / d).rglob("*.md")) + [ROOT / "README.md"])
+PAGES = sorted(p for d in ("docs", "plugins", "configs") for p in (ROOT / d).rglob("*.md"))
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "README.md"])
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
         if "://" not in target:

@@ -61,7 +61,8 @@ def make(plugin, norm="layer"):
 
 def batch(n=8, seed=1):
     g = torch.Generator().manual_seed(seed)
-    source = {"x": torch.randn(n, 6, generator=g), "y": torch.randint(0, 3, (n,), generator=g), "index": torch.arange(n)}
+    y = torch.randint(0, 3, (n,), generator=g)
+    source = {"x": torch.randn(n, 6, generator=g), "y": y, "index": torch.arange(n)}
     target = {"x": torch.randn(n, 6, generator=g) + 1, "index": torch.arange(n)}
     return {"sources": {"source": source}, "target": target}
 
@@ -141,7 +142,8 @@ def test_inner_products_with_another_loss():
     objectives = uda.Objectives(losses, step)
     other = step.target.features.abs().sum()
     shared = [*model2.backbone.parameters(), *model2.bottleneck.parameters()]
-    flat = [torch.cat([g.flatten() for g in torch.autograd.grad(x, shared, retain_graph=True)]) for x in (*losses.values(), other)]
+    found = [torch.autograd.grad(x, shared, retain_graph=True) for x in (*losses.values(), other)]
+    flat = [torch.cat([g.flatten() for g in grads]) for grads in found]
     expected = torch.stack([flat[0] @ flat[2], flat[1] @ flat[2]])
     torch.testing.assert_close(objectives.inner(other), expected)
     with pytest.raises(uda.UDAError, match="compare on parameters"):
@@ -163,7 +165,7 @@ def test_unknown_weight_is_refused():
     model = make(Pull())
     step = uda.Step(model, batch(), 0.0, 0, 0)
     objectives = uda.Objectives({"classification": step.source.logits.sum()}, step)
-    with pytest.raises(uda.UDAError, match="'clasification'.*classification"):
+    with pytest.raises(uda.UDAError, match=r"'clasification'.*classification"):
         objectives.combine({"clasification": 1.0})
 
 

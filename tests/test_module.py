@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import lightning as L
 import pytest
@@ -209,7 +210,7 @@ def test_nothing_is_chosen_by_target_labels(small_data, quiet_trainer):
 
 
 def test_unbounded_training_is_refused(small_data, quiet_trainer):
-    with pytest.raises(uda.UDAError, match="max_epochs or trainer.max_steps"):
+    with pytest.raises(uda.UDAError, match=r"max_epochs or trainer\.max_steps"):
         fit(small_data, quiet_trainer, {}, trainer={"max_epochs": -1})
 
 
@@ -230,7 +231,7 @@ def test_a_run_without_any_objective_is_named(small_data, quiet_trainer):
 
 def test_progress_runs_from_zero_to_one_and_survives_a_resume(small_data, quiet_trainer, tmp_path):
     class Note(Shift):
-        seen: list[float] = []
+        seen: ClassVar[list[float]] = []
 
         @uda.hookimpl
         def after_step(self, step):
@@ -239,14 +240,14 @@ def test_progress_runs_from_zero_to_one_and_survives_a_resume(small_data, quiet_
     fit(small_data, quiet_trainer, {"a": Note()}, trainer={"max_epochs": 4})
     assert Note.seen == pytest.approx([i / 16 for i in range(16)])
     Note.seen.clear()
-    _, trainer = fit(small_data, quiet_trainer, {"a": Note()}, trainer={"max_epochs": 4, "max_steps": 6})
+    fit(small_data, quiet_trainer, {"a": Note()}, trainer={"max_epochs": 4, "max_steps": 6})
     assert Note.seen == pytest.approx([i / 6 for i in range(6)])
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_after_step_comes_once_a_batch(small_data, quiet_trainer, accumulate):
     class Note(Shift):
-        seen: list[bool] = []
+        seen: ClassVar[list[bool]] = []
 
         @uda.hookimpl
         def after_step(self, step):
@@ -279,7 +280,8 @@ def test_shuffled_target_labels_change_no_weight(quiet_trainer):
 
 
 def test_compiled_backbone_keeps_its_keys():
-    model = uda.UDA(MLP(hidden=(8,), in_features=2), bottleneck=4, num_classes=2, input_shape=[2], compile_backbone=True)
+    sizes = {"num_classes": 2, "input_shape": [2]}
+    model = uda.UDA(MLP(hidden=(8,), in_features=2), bottleneck=4, compile_backbone=True, **sizes)
     assert not any("_orig_mod" in k for k in model.state_dict())
     assert model.backbone._compiled_call_impl is not None
 

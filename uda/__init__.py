@@ -18,6 +18,7 @@ _PUBLIC = {
     "Step": "uda.step",
     "DomainBatch": "uda.step",
     "Objectives": "uda.gate",
+    "Pools": "uda.passes",
     "DataModule": "uda.data",
     "UDAError": "uda.errors",
     "PluginError": "uda.hooks",
@@ -26,13 +27,13 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from uda.data import DataModule
-    from uda.errors import UDAError
-    from uda.gate import Objectives
-    from uda.hooks import PluginError
-    from uda.module import UDA
-    from uda.plugin import HOOK_API, DataNeeds, Plugin, Prediction, PseudoLabels, hookimpl
-    from uda.step import DomainBatch, Step
+    from uda.data import DataModule  # noqa: F401
+    from uda.errors import UDAError  # noqa: F401
+    from uda.gate import Objectives  # noqa: F401
+    from uda.hooks import PluginError  # noqa: F401
+    from uda.module import UDA  # noqa: F401
+    from uda.plugin import HOOK_API, DataNeeds, Plugin, Prediction, PseudoLabels, hookimpl  # noqa: F401
+    from uda.step import DomainBatch, Step  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

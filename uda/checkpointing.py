@@ -91,9 +91,9 @@ def _same_shapes(part: str, own: dict[str, Any], state: dict[str, Any], where: s
     different = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
     k = different[0]
     raise UDAError(
-        f"The {part} of this run does not fit the checkpoint given as {where}: {len(different)} tensors differ, the first "
-        f"is {k!r} ({mine.get(k, 'absent')} here, {theirs.get(k, 'absent')} there). Use the same backbone, bottleneck, "
-        "head and classes as the run that wrote it."
+        f"The {part} of this run does not fit the checkpoint given as {where}: {len(different)} tensors differ, "
+        f"the first is {k!r} ({mine.get(k, 'absent')} here, {theirs.get(k, 'absent')} there). Use the same "
+        "backbone, bottleneck, head and classes as the run that wrote it."
     )
 
 

@@ -12,7 +12,7 @@ class Described:
     The arguments are taken in ``__new__``, so subclasses need no call to ``super().__init__`` for it.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any):
+    def __new__(cls, *args: Any, **kwargs: Any):  # noqa: D102
         self = super().__new__(cls)
         try:
             bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)

@@ -98,7 +98,7 @@ def _load(entry: metadata.EntryPoint, registry: Registry) -> None:
             raise TypeError(f"{entry.value} is no subclass of uda.Plugin")
         wanted = getattr(cls, "hook_api", HOOK_API)
         if wanted != HOOK_API:
-            raise TypeError(f"it is built for hook API {wanted}, this uda offers {HOOK_API}: install a matching version")
+            raise TypeError(f"it is built for hook API {wanted}, this uda offers {HOOK_API}: install one that fits")
     except Exception as error:  # a broken third-party distribution must not take the others with it
         registry.broken[where] = f"{type(error).__name__}: {error}"
         warnings.warn(f"Plugin distribution skipped: {where}: {type(error).__name__}: {error}", stacklevel=3)

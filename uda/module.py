@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from uda import checkpointing, running
+from uda import checkpointing, checks, running
 from uda.discovery import make_plugin
 from uda.errors import UDAError
 from uda.evaluation import EvaluationLoop
@@ -85,11 +85,11 @@ class UDA(EvaluationLoop):
     ) -> None:
         super().__init__()
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        running.check_arguments(arguments)
+        checks.check_arguments(arguments)
         arguments["plugins"] = plugins = {k: make_plugin(p) for k, p in (plugins or {}).items()}
         checkpointing.remember(self, arguments)
         self.backbone = use_channels_last(make_backbone(backbone)) if channels_last else make_backbone(backbone)
-        self.plugins = nn.ModuleDict(running.keyed(plugins))
+        self.plugins = nn.ModuleDict(checks.keyed(plugins))
         self.hooks = Hooks(plugins)
         require_manual(plugins.values())
         self.gate_level, self.label_smoothing, self.check_finite = gate_level, label_smoothing, check_finite
@@ -117,7 +117,7 @@ class UDA(EvaluationLoop):
         """Build heads and plugins, with sizes from the data module where they were not given. Idempotent."""
         trainer = self._trainer
         if trainer is not None:
-            running.take_spec(self, getattr(trainer, "datamodule", None))
+            checks.take_spec(self, getattr(trainer, "datamodule", None))
         if self.feature_dim is None:
             if self.num_classes is None or self.input_shape is None:
                 raise UDAError("num_classes and input_shape are unknown: fit with a uda.DataModule, or give both.")
@@ -174,7 +174,9 @@ class UDA(EvaluationLoop):
         """Logits ``[B, C]`` of target inputs."""
         return self.batch(x).logits
 
-    def batch(self, x: Tensor, role: str = "target", name: str | None = None, index: Tensor | None = None) -> DomainBatch:
+    def batch(
+        self, x: Tensor, role: str = "target", name: str | None = None, index: Tensor | None = None
+    ) -> DomainBatch:
         """A batch outside a training step, with lazy features and logits."""
         data = {"x": x} if index is None else {"x": x, "index": index}
         return DomainBatch(self, name or self.target_name, role, data)
@@ -204,7 +206,7 @@ class UDA(EvaluationLoop):
     def on_fit_start(self) -> None:
         """Last checks before the first step."""
         self.base_seed = self.trainer.strategy.broadcast(self.base_seed)
-        running.check_fit(self)
+        checks.check_fit(self)
 
     def on_train_start(self) -> None:
         """Open profiler spans only where somebody looks."""
@@ -259,7 +261,8 @@ class UDA(EvaluationLoop):
                 buffer, for methods with several updates a batch.
         """
         every = self.manual_accumulate
-        stepping = (self._step.batch_idx + 1) % every == 0 or self._step.batch_idx + 1 == self.trainer.num_training_batches
+        done = self._step.batch_idx + 1
+        stepping = done % every == 0 or done == self.trainer.num_training_batches
         self._manual.update(loss, only, phase, stepping, every, self.manual_clip)
         self._step.updated = self._step.updated or stepping
 

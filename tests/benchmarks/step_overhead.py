@@ -17,7 +17,6 @@ import warnings
 
 import lightning as L
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 

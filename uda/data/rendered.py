@@ -42,6 +42,7 @@ FONTS: tuple[str, ...] = (
 )
 CLASSES = 10
 _CANVAS = 96
+_MESH = 4
 _FONT_SIZE = 64
 _BITMAP = 32
 _BLOCK = 4
@@ -91,6 +92,20 @@ def _count_blocks(image, aspect: float) -> np.ndarray:
     return bitmap.reshape(blocks, _BLOCK, blocks, _BLOCK).mean(axis=(1, 3))
 
 
+def _mesh(turn: np.ndarray, moves: np.ndarray) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+    """PIL's map from output cells to input quadrilaterals: ``turn`` about the canvas's middle, corners moved."""
+    side = _CANVAS // _MESH
+    corners = np.stack(np.meshgrid(np.arange(_MESH + 1), np.arange(_MESH + 1)), axis=-1) * side  # [row, column] -> x, y
+    middle = _CANVAS / 2
+    places = (corners - middle) @ turn.T + middle + moves
+    cells = []
+    for r in range(_MESH):
+        for c in range(_MESH):
+            quad = (*places[r, c], *places[r + 1, c], *places[r + 1, c + 1], *places[r, c + 1])
+            cells.append(((c * side, r * side, (c + 1) * side, (r + 1) * side), tuple(map(float, quad))))
+    return cells
+
+
 def render_digits(
     n: int = 3000,
     seed: int = 0,
@@ -100,6 +115,7 @@ def render_digits(
     shear: float = 0.25,
     stretch: float = 0.2,
     max_stroke: int = 2,
+    wobble: float = 5.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Digits drawn in fonts, distorted at random, as 8x8 counts of ink.
 
@@ -111,6 +127,8 @@ def render_digits(
         shear: largest horizontal shear either way, in widths per height.
         stretch: largest relative change of the width either way.
         max_stroke: strokes are thickened by 0 to this many pixels a side (of 64 to the em).
+        wobble: standard deviation in pixels (of 64 to the em) by which the corners of a 4x4 mesh over the
+            canvas move, each way on its own: hands do not draw straight. 0 leaves the font's shapes.
 
     Returns:
         ``x`` float32 (n, 1, 8, 8) in [0, 1] and ``y`` int64 (n,), in random order.
@@ -124,10 +142,11 @@ def render_digits(
         raise UDAError(f"render_digits needs n >= 1, got n={n}.")
     if not fonts:
         raise UDAError("render_digits needs at least one font; leave fonts out to use them all.")
-    if not (0 <= rotation <= 90 and 0 <= shear <= 1 and 0 <= stretch < 1 and max_stroke >= 0):
+    if not (0 <= rotation <= 90 and 0 <= shear <= 1 and 0 <= stretch < 1 and max_stroke >= 0 and 0 <= wobble <= 8):
         raise UDAError(
             "render_digits needs rotation in [0, 90], shear in [0, 1], stretch in [0, 1), max_stroke >= 0, "
-            f"got rotation={rotation}, shear={shear}, stretch={stretch}, max_stroke={max_stroke}."
+            f"wobble in [0, 8], got rotation={rotation}, shear={shear}, stretch={stretch}, max_stroke={max_stroke}, "
+            f"wobble={wobble}."
         )
     rng = np.random.default_rng(seed)
     y = rng.permutation(np.arange(n) % CLASSES).astype(np.int64)
@@ -136,18 +155,13 @@ def render_digits(
     angles = np.deg2rad(rng.uniform(-rotation, rotation, size=n))
     shears = rng.uniform(-shear, shear, size=n)
     aspects = rng.uniform(1 - stretch, 1 + stretch, size=n)
+    moves = rng.normal(scale=wobble, size=(n, _MESH + 1, _MESH + 1, 2))
     x = np.empty((n, 1, _BITMAP // _BLOCK, _BITMAP // _BLOCK), dtype=np.float32)
-    middle = np.array([_CANVAS / 2, _CANVAS / 2])
     for i in range(n):
         cos, sin = np.cos(angles[i]), np.sin(angles[i])
-        # PIL wants the map from output to input positions; it turns about the middle of the canvas.
         turn = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1.0, shears[i]], [0.0, 1.0]])
-        shift = middle - turn @ middle
         image = Image.fromarray(glyph(fonts[which[i]], int(y[i]), int(strokes[i]))).transform(
-            (_CANVAS, _CANVAS),
-            Image.Transform.AFFINE,
-            (*turn[0], shift[0], *turn[1], shift[1]),
-            Image.Resampling.BILINEAR,
+            (_CANVAS, _CANVAS), Image.Transform.MESH, _mesh(turn, moves[i]), Image.Resampling.BILINEAR
         )
         x[i, 0] = _count_blocks(image, aspects[i])
     return x, y

@@ -115,7 +115,7 @@ def test_ramps_scale_the_objective(cls):
         for ramp, factor in (("none", 1.0), ("linear", progress), ("warm_start", warm)):
             got = float(objective(cls(weight=1.0, ramp=ramp), logits, progress))
             assert got == pytest.approx(factor * full, rel=1e-5, abs=1e-9)
-    with pytest.raises(uda.UDAError, match="'linaer'.*'linear'"):
+    with pytest.raises(uda.UDAError, match=r"'linaer'.*'linear'"):
         cls(ramp="linaer")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ class Adversary(uda.Plugin):
     """
 
     settings = ("closed", "multi-source")
-    search_space = {"weight": (0.1, 3.0, "log"), "gamma": [1.0, 3.0, 10.0], "hidden": [64, 256, 1024]}
+    search_space: ClassVar[dict[str, Any]] = {
+        "weight": (0.1, 3.0, "log"), "gamma": [1.0, 3.0, 10.0], "hidden": [64, 256, 1024],
+    }  # fmt: skip
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ class CDAN(Adversary):
         others: as in :class:`~uda_adversarial.adversary.Adversary`.
     """
 
-    search_space = {**Adversary.search_space, "entropy": [False, True]}
+    search_space: ClassVar[dict[str, Any]] = {**Adversary.search_space, "entropy": [False, True]}
 
     def __init__(
         self,

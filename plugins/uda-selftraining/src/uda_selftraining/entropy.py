@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ class EntropyMinimisation(uda.Plugin):
     """
 
     settings = ("closed", "multi-source", "source-free")
-    search_space = {"weight": (0.01, 1.0, "log"), "diversity": [False, True]}
+    search_space: ClassVar[dict[str, Any]] = {"weight": (0.01, 1.0, "log"), "diversity": [False, True]}
 
     def __init__(self, weight: float = 0.1, diversity: bool = False, ramp: str = "none") -> None:
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from torch import Tensor
 
 import uda
@@ -22,7 +24,9 @@ class MCC(uda.Plugin):
     """
 
     settings = ("closed", "partial", "multi-source", "source-free")
-    search_space = {"weight": (0.1, 3.0, "log"), "temperature": (1.0, 4.0), "ramp": ["none", "linear"]}
+    search_space: ClassVar[dict[str, Any]] = {
+        "weight": (0.1, 3.0, "log"), "temperature": (1.0, 4.0), "ramp": ["none", "linear"],
+    }  # fmt: skip
 
     def __init__(self, weight: float = 1.0, temperature: float = 2.5, ramp: str = "none") -> None:
         super().__init__()

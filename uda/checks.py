@@ -1,0 +1,112 @@
+"""Checks before the first step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from uda import running
+from uda.errors import UDAError, nearest
+
+if TYPE_CHECKING:
+    from uda.module import UDA
+    from uda.plugin import Plugin
+
+_CHOICES = {
+    "bottleneck_norm": ("batch", "layer", "none"),
+    "head": ("linear", "weight_norm", "cosine"),
+    "forward_mode": ("joint", "separate"),
+    "gate_level": ("features", "bottleneck", "parameters"),
+}
+SPEC = ("num_classes", "class_names", "input_shape", "sizes", "source_names", "target_name")
+
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse values that cannot work, naming the choices."""
+    for name, choices in _CHOICES.items():
+        if arguments[name] not in choices:
+            raise UDAError(f"model.{name}: unknown value {arguments[name]!r}. {nearest(str(arguments[name]), choices)}")
+    if not 0 <= arguments["label_smoothing"] < 1:
+        raise UDAError(f"model.label_smoothing must be in [0, 1), got {arguments['label_smoothing']}.")
+    for name in ("bottleneck", "manual_clip"):
+        if arguments[name] < 0:
+            raise UDAError(f"model.{name} must be 0 (off) or positive, got {arguments[name]}.")
+    if arguments["manual_accumulate"] < 1:
+        raise UDAError(f"model.manual_accumulate must be 1 or more, got {arguments['manual_accumulate']}.")
+
+
+def keyed(plugins: dict[str, Plugin]) -> dict[str, Plugin]:
+    """Give each plugin its key; keys are names in checkpoints, logs and overrides."""
+    seen: dict[int, str] = {}
+    for key, plugin in plugins.items():
+        if not key.isidentifier() or hasattr(nn.ModuleDict, key):
+            raise UDAError(f"Plugin key {key!r} cannot be used: take a plain name such as 'align' or 'refine'.")
+        if id(plugin) in seen:
+            other = seen[id(plugin)]
+            raise UDAError(f"One plugin object stands under two keys, {other!r} and {key!r}: make two objects.")
+        seen[id(plugin)] = key
+        plugin.key = key
+    return plugins
+
+
+def take_spec(model: UDA, datamodule: Any) -> None:
+    """Fill in sizes and names from the data module, and check those that the model already has."""
+    spec = getattr(datamodule, "spec", None)
+    if spec is None:
+        return
+    if model.num_classes is not None and model.num_classes != spec["num_classes"]:
+        raise UDAError(
+            f"The model has {model.num_classes} classes, the data {spec['num_classes']}. Leave model.num_classes out, "
+            "or name the classes of the model's training under data.classes."
+        )
+    if model.class_names and list(model.class_names) != list(spec["class_names"]):
+        raise UDAError(
+            f"The model was made for classes {model.class_names[:5]}..., the data has {spec['class_names'][:5]}...: "
+            "give the same classes in the same order (data.classes)."
+        )
+    for name in SPEC:
+        setattr(model, name, spec[name])
+    model.hparams.update({name: spec[name] for name in SPEC})
+
+
+def check_fit(model: UDA) -> None:
+    """Checks that need the trainer.
+
+    Raises:
+        UDAError: unbounded training, a monitor on target labels, a strategy that the plugins cannot run under.
+    """
+    trainer = model.trainer
+    for callback in trainer.callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if monitor and "oracle/" in str(monitor):
+            raise UDAError(
+                f"{type(callback).__name__} monitors {monitor!r}, which is made of target labels. Monitor a label-free "
+                "score instead: select/im, select/entropy, ... (docs/selection.md)."
+            )
+    running.total_batches(model)
+    model.score_options.check(model.source_names, model.head)
+    manual = [k for k, p in model.plugins.items() if p.manual]
+    if manual and trainer.precision == "16-mixed":
+        raise UDAError(f"Plugin {manual[0]!r} steps by hand and has no loss scaling: use bf16-mixed or 32-true.")
+    unused = [k for k, p in model.plugins.items() if p.unused_parameters]
+    ddp = getattr(trainer.strategy, "_ddp_kwargs", None)
+    if unused and ddp is not None and not ddp.get("find_unused_parameters"):
+        raise UDAError(f"Plugin {unused[0]!r} needs trainer.strategy: ddp_find_unused_parameters_true.")
+
+
+def check_adapt(model: UDA) -> None:
+    """Conditions of test-time adaptation, once before the stream.
+
+    Raises:
+        UDAError: several processes with a method that does not average, or inference mode.
+    """
+    for key in model.hooks.fillers("adapt"):
+        if model.trainer.world_size > 1 and not model.plugins[key].averages:
+            raise UDAError(
+                f"Plugin {key!r} adapts to a stream and would drift apart on several processes: use devices=1."
+            )
+    if model.hooks.filled("adapt") and torch.is_inference_mode_enabled():
+        raise UDAError("Test-time adaptation needs gradients: use Trainer(inference_mode=False).")
