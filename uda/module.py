@@ -174,12 +174,10 @@ class UDA(EvaluationLoop):
         """Logits ``[B, C]`` of target inputs."""
         return self.batch(x).logits
 
-    def batch(
-        self, x: Tensor, role: str = "target", name: str | None = None, index: Tensor | None = None
-    ) -> DomainBatch:
+    def batch(self, x: Tensor, role: str = "target", index: Tensor | None = None) -> DomainBatch:
         """A batch outside a training step, with lazy features and logits."""
         data = {"x": x} if index is None else {"x": x, "index": index}
-        return DomainBatch(self, name or self.target_name, role, data)
+        return DomainBatch(self, self.target_name, role, data)
 
     def compute_features(self, batches: list[DomainBatch], view: str) -> None:
         """One forward for the view of all ``batches``: backbone, bottleneck, ``transform_features``."""
@@ -293,8 +291,7 @@ class UDA(EvaluationLoop):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The seed of the step-wise randomness travels with the weights."""
         checkpoint["uda"] = {"base_seed": self.base_seed}
-        hparams = checkpoint.get("hyper_parameters", {})
-        checkpoint["hyper_parameters"] = checkpointing.without_downloads(dict(hparams))
+        checkpoint["hyper_parameters"] = checkpointing.without_downloads(dict(checkpoint.get("hyper_parameters", {})))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what does not fit, by name."""
