@@ -136,7 +136,7 @@ def accuracy_table(
         if (best := survives(of_column, test, alpha)) is not None:
             bold.add((methods.index(best), column))
     caption = (
-        f"{_measure(measure)} in %, {_figure(data, figure)}; mean ± standard deviation over {_seeds(data)}"
+        f"{_measure(measure)} in %, {_figure(data, figure)}; {_spread(data)}"
         f"{_gaps(pairs)}. Bold: the best of a column where its lead over the second survives a {TESTS[test]} "
         f"over (task, seed) pairs, alpha {alpha:g}, two-sided."
     )
@@ -159,6 +159,12 @@ def _figure(data: pd.DataFrame, figure: str) -> str:
 def _seeds(data: pd.DataFrame) -> str:
     seeds = sorted(set(data["seed"]))
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+
+
+def _spread(data: pd.DataFrame) -> str:
+    if data["seed"].nunique() == 1:
+        return f"{_seeds(data)} alone, so no spread"
+    return f"mean ± standard deviation over {_seeds(data)}"
 
 
 def _gaps(pairs: pd.DataFrame) -> str:
@@ -192,8 +198,8 @@ def figures_table(
     rules = ", ".join(sorted(set(data["select_by"].dropna())))
     plural = "s" * (len(tasks) > 1)
     caption = (
-        f"{_measure(measure)} in %, average over {len(tasks)} task{plural}; mean ± standard deviation over "
-        f"{_seeds(data)}. Last: last epoch. Selected: by the label-free score {rules}. Oracle: best epoch by "
+        f"{_measure(measure)} in %, average over {len(tasks)} task{plural}; {_spread(data)}. "
+        f"Last: last epoch. Selected: by the label-free score {rules}. Oracle: best epoch by "
         "target labels. Source: accuracy on held-back source data. Seconds: median training time of a run; "
         "MiB: largest peak memory."
     )
