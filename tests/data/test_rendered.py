@@ -50,12 +50,21 @@ def test_font_draws_ten_different_digits_within_the_canvas(font):
     assert max(overlap) < 0.99
 
 
-def test_classes_are_told_apart_across_samples():
-    x, y = render_digits(600, seed=0)
-    other, labels = render_digits(200, seed=1)
+@pytest.mark.parametrize(("wobble", "floor"), [(0.0, 0.85), (5.0, 0.7)])
+def test_classes_are_told_apart_across_samples(wobble, floor):
+    x, y = render_digits(600, seed=0, wobble=wobble)
+    other, labels = render_digits(200, seed=1, wobble=wobble)
     flat, probe = x.reshape(600, -1), other.reshape(200, -1)
     nearest = ((probe[:, None] - flat[None]) ** 2).sum(-1).argmin(1)
-    assert (y[nearest] == labels).mean() > 0.85
+    assert (y[nearest] == labels).mean() > floor
+
+
+def test_wobble_bends_strokes_and_leaves_the_rest():
+    straight, y = render_digits(50, seed=0, wobble=0.0)
+    bent, same = render_digits(50, seed=0)
+    assert (y == same).all()
+    assert 0.05 < abs(straight - bent).mean() < 0.4
+    assert (render_digits(50, seed=0, wobble=0.01)[0] == straight).mean() > 0.9
 
 
 def test_handwritten_digits():

@@ -19,7 +19,7 @@ _HOMES = {
     "factory": ("feature_size", "make_backbone", "use_channels_last"),
     "heads": ("Bottleneck", "CosineHead", "DomainDiscriminator", "LinearHead", "WeightNormHead", "make_head"),
     "precision": ("full", "no_autocast"),
-    "reversal": ("RAMPS", "ramp", "reverse_gradient", "warm_start", "warm_start_iterations"),
+    "reversal": ("ramp", "reverse_gradient", "warm_start", "warm_start_iterations"),
 }  # fmt: skip
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
