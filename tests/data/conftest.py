@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from uda.data.needs import DefaultNeeds
+from uda.plugin import DataNeeds
 
 
 class Recorder(L.LightningModule):
@@ -18,7 +18,7 @@ class Recorder(L.LightningModule):
     def __init__(self, needs=None, stop_after: int | None = None):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.data_needs = needs or DefaultNeeds()
+        self.data_needs = needs or DataNeeds()
         self.seen: list[dict] = []
         self.stop_after = stop_after
         self.evaluated: dict[int, list] = {}

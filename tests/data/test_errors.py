@@ -235,11 +235,11 @@ def test_views(npz):
 
 
 def test_held_out_share_of_zero(trainer, recorder):
-    from uda.data.needs import DefaultNeeds
+    from uda.plugin import DataNeeds
 
     data = DataModule(Generated(), "source", "target", held_out_fraction=0)
     with fails("held_out_fraction above 0"):
-        trainer(max_steps=1).fit(recorder(DefaultNeeds(held_out=True)), data)
+        trainer(max_steps=1).fit(recorder(DataNeeds(held_out=True)), data)
 
 
 def test_unknown_stage_and_domain():

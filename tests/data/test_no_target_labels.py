@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from uda.data import Arrays, DataModule, Datasets, ImageFolders, ImageLists, ImageViews
-from uda.data.needs import DefaultNeeds
+from uda.plugin import DataNeeds
 
-NEEDS = DefaultNeeds(
+NEEDS = DataNeeds(
     held_out=True, views=frozenset({"weak", "strong"}), source_views=frozenset({"weak"}), class_balanced=True
 )
 VIEWS = ImageViews(8, 10)

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from uda.data import DataModule, Generated
-from uda.data.needs import DefaultNeeds
+from uda.plugin import DataNeeds
 
-NEEDS = DefaultNeeds(held_out=True, views=frozenset({"strong"}), source_views=frozenset({"weak"}))
+NEEDS = DataNeeds(held_out=True, views=frozenset({"strong"}), source_views=frozenset({"weak"}))
 
 
 def data(**kwargs):

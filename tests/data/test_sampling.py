@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from uda.data import DataModule, Generated, valid_rows
-from uda.data.needs import DefaultNeeds
 from uda.data.samplers import ClassBalancedStream, UniformStream, rank_slice, shard
 from uda.data.splits import split_by_class, split_by_index
+from uda.plugin import DataNeeds
 
 
 def test_a_stream_is_permutations_end_to_end():
@@ -100,10 +100,10 @@ def test_needs_decide_what_is_built(trainer, recorder):
         return {k: set(b) for k, b in model.seen[0].items()}
 
     plain, labelled = {"x", "index"}, {"x", "index", "y"}
-    assert keys(DefaultNeeds()) == {"sources/source": labelled, "target": plain}
-    assert keys(DefaultNeeds(target=False)) == {"sources/source": labelled}
-    assert keys(DefaultNeeds(source=False)) == {"target": plain}
-    needs = DefaultNeeds(held_out=True, views=frozenset({"strong"}), source_views=frozenset({"weak"}))
+    assert keys(DataNeeds()) == {"sources/source": labelled, "target": plain}
+    assert keys(DataNeeds(target=False)) == {"sources/source": labelled}
+    assert keys(DataNeeds(source=False)) == {"target": plain}
+    needs = DataNeeds(held_out=True, views=frozenset({"strong"}), source_views=frozenset({"weak"}))
     assert keys(needs) == {
         "sources/source": labelled | {"weak"},
         "target": plain | {"strong"},
@@ -113,7 +113,7 @@ def test_needs_decide_what_is_built(trainer, recorder):
 
 def test_held_out_images_are_in_no_target_batch(trainer, recorder):
     data = DataModule(Generated(n=60), "source", "target", batch_size=6, held_out_fraction=0.25, seed=0)
-    model = recorder(DefaultNeeds(held_out=True))
+    model = recorder(DataNeeds(held_out=True))
     trainer(max_epochs=3, limit_val_batches=0).fit(model, data)
     target, held = ({int(i) for b in model.seen for i in b[k]["index"]} for k in ("target", "held_out"))
     assert len(held) == 15
@@ -124,8 +124,8 @@ def test_class_balanced_by_need_and_by_setting(trainer, recorder, npz):
     from uda.data import Arrays
 
     for needs, sampling in (
-        (DefaultNeeds(class_balanced=True), "uniform"),
-        (DefaultNeeds(), "class_balanced"),
+        (DataNeeds(class_balanced=True), "uniform"),
+        (DataNeeds(), "class_balanced"),
     ):
         data = DataModule(Arrays(npz), "a", "b", batch_size=8, sampling=sampling, seed=0)
         model = recorder(needs)

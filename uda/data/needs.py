@@ -1,24 +1,13 @@
-"""What a model asks of the data when it does not say."""
+"""What the model of a run asks of the data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class DefaultNeeds:
-    """Labelled source and unlabelled target batches, plain view only."""
-
-    source: bool = True
-    target: bool = True
-    held_out: bool = False
-    views: frozenset[str] = frozenset()
-    source_views: frozenset[str] = frozenset()
-    class_balanced: bool = False
+from uda.plugin import DataNeeds
 
 
-def needs_of(trainer: Any) -> Any:
-    """The ``data_needs`` of the trainer's model, or the default."""
+def needs_of(trainer: Any) -> DataNeeds:
+    """The ``data_needs`` of the trainer's model, or the default: labelled source, unlabelled target, plain view."""
     model = getattr(trainer, "lightning_module", None) if trainer is not None else None
-    return getattr(model, "data_needs", None) or DefaultNeeds()
+    return getattr(model, "data_needs", None) or DataNeeds()
