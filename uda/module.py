@@ -248,8 +248,8 @@ class UDA(EvaluationLoop):
             if weights is not None:
                 running.log_weights(self, weights)
                 return objectives.combine(weights)
-        losses = list(step.objectives.values())
-        return losses[0] if len(losses) == 1 else torch.stack([x.float() for x in losses]).sum()
+        first, *others = (x.float() for x in step.objectives.values())
+        return sum(others, start=first)
 
     def manual_update(self, loss: Tensor, only: list[str] | None = None, phase: str = "step") -> None:
         """Backward and step for manual methods: clipping, accumulation, averaging over ranks.

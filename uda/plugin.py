@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -130,11 +130,20 @@ class Plugin(Described, nn.Module):
     #: Key in ``model.plugins``; set when a model takes the plugin in.
     key: str = ""
 
-    def log_later(self, **values: Tensor | float) -> None:
-        """Leave diagnostic scalars of this step for the logger (``<key>/<name>``); never part of the loss."""
-        store = self.__dict__.setdefault("_diagnostics", {})
-        store.update({k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+    def log_later(self, **values: Tensor | float | Callable[[], Tensor | float]) -> None:
+        """Leave diagnostic scalars of this step for the logger (``<key>/<name>``); never part of the loss.
+
+        A function is called only in the steps that are logged, which is most often one in fifty.
+        """
+        self.__dict__.setdefault("_diagnostics", {}).update(values)
 
     def take_diagnostics(self) -> dict[str, Tensor | float]:
         """Diagnostics since the last call, and forget them."""
-        return self.__dict__.pop("_diagnostics", {})
+        found = self.__dict__.pop("_diagnostics", {})
+        with torch.no_grad():
+            values = {k: v() if callable(v) and not isinstance(v, torch.Tensor) else v for k, v in found.items()}
+        return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+
+    def drop_diagnostics(self) -> None:
+        """Forget diagnostics of a step that is not logged."""
+        self.__dict__.pop("_diagnostics", None)

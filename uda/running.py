@@ -121,6 +121,8 @@ class FiniteCheck:
         """Take note of a step's objectives; look at them now and then."""
         if not self.on:
             return
+        if self.every == 1 and all(math.isfinite(v.item()) for v in step.objectives.values()):
+            return
         names = list(step.objectives)
         values = torch.stack([v.detach().float() for v in step.objectives.values()])
         if self.every == 1:
@@ -162,7 +164,7 @@ def log_step(model: UDA, step: Step) -> None:
     trainer = model.trainer
     if (trainer.global_step + 1) % trainer.log_every_n_steps and not trainer.fast_dev_run:
         for plugin in model.plugins.values():
-            plugin.take_diagnostics()
+            plugin.drop_diagnostics()
         return
     values: dict[str, Any] = {f"train/{name}": value.detach() for name, value in step.objectives.items()}
     for key, plugin in model.plugins.items():

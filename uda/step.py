@@ -151,8 +151,10 @@ class Step:
 
     def pooled(self, attribute: str) -> Tensor:
         """Concatenation of ``"features"``, ``"logits"``, ``"x"`` or ``"y"`` over all sources."""
-        return torch.cat([getattr(b, attribute) for b in self.sources.values()])
+        parts = [getattr(b, attribute) for b in self.sources.values()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def domain_mean(self, per_source: dict[str, Tensor]) -> Tensor:
         """Mean of one scalar a source, so that the number of sources does not change the weight."""
-        return torch.stack(list(per_source.values())).mean()
+        values = list(per_source.values())
+        return values[0] if len(values) == 1 else torch.stack(values).mean()

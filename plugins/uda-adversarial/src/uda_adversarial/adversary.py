@@ -77,7 +77,8 @@ class Adversary(uda.Plugin):
         coefficient = self.reversal * warm_start(step.progress, self.gamma)
         logits = self.discriminator(reverse_gradient(torch.cat([source, target]), coefficient)).squeeze(1)
         source_logit, target_logit = logits.split([len(source), len(target)])
-        with torch.no_grad():
-            right = ((source_logit > 0).float().mean() + (target_logit <= 0).float().mean()) / 2
-        self.log_later(domain_accuracy=right, reversal=coefficient)
+        self.log_later(
+            domain_accuracy=lambda: ((source_logit > 0).float().mean() + (target_logit <= 0).float().mean()) / 2,
+            reversal=coefficient,
+        )
         return self.weight * domain_adversarial_loss(source_logit, target_logit, source_weight, target_weight)
