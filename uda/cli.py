@@ -85,10 +85,15 @@ def main(argv: list[str] | None = None) -> int:
         report(UDAError(f"unknown command {argv[0]!r}. {nearest(argv[0], COMMANDS)} `uda --help` lists all."))
         return 2
     try:
-        return importlib.import_module(COMMANDS[argv[0]].module).main(argv) or 0
+        code = importlib.import_module(COMMANDS[argv[0]].module).main(argv) or 0
+        sys.stdout.flush()  # here, where a closed pipe can still be handled
+        return code
     except KeyboardInterrupt:
         print("uda: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `uda plugins | head`: the reader has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         told = user_error(error)
         if told is None or os.environ.get("UDA_DEBUG") == "1":
