@@ -48,8 +48,8 @@ class Adversary(uda.Plugin):
         self.discriminator: DomainDiscriminator | None = None
 
     def input_size(self, model: uda.UDA) -> int:
-        """Width of what the discriminator sees."""
-        raise NotImplementedError  # pragma: no cover - each method says its own
+        """Width of what the discriminator sees: the features, unless a method says otherwise."""
+        return model.feature_dim
 
     @uda.hookimpl
     def build(self, model: uda.UDA) -> None:

@@ -15,10 +15,6 @@ class DANN(Adversary):
     and discriminator D, so that one optimiser step plays both sides. Several sources are pooled.
     """
 
-    def input_size(self, model: uda.UDA) -> int:
-        """The discriminator sees the features."""
-        return model.feature_dim
-
     @uda.hookimpl
     def align_features(self, step: uda.Step) -> dict[str, Tensor]:
         """The domain objective."""
