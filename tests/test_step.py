@@ -79,6 +79,37 @@ def test_views_are_forwarded_when_asked_for():
         step.source.view("weak")
 
 
+def test_a_forward_without_gradient_serves_no_objective():
+    model = make()
+    step = uda.Step(model, data(views=("weak",)), 0.0, 0, 0)
+    view = step.target.view("weak")
+    with torch.no_grad():
+        labels = view.logits.argmax(1)
+        assert view.logits is view.logits
+    assert model.backbone.rows == [6]
+    assert not step.gate
+    assert view.logits.requires_grad  # another plugin trains on the view
+    assert model.backbone.rows == [6, 6]
+    assert len(step.gate) == 1
+    assert torch.equal(view.logits.argmax(1), labels)
+    with torch.no_grad():
+        assert view.logits.requires_grad  # what is there serves
+    assert model.backbone.rows == [6, 6]
+    view.features = view.features.detach()  # put there on purpose: it stays
+    assert not view.features.requires_grad
+    assert model.backbone.rows == [6, 6]
+
+
+def test_logits_without_gradient_of_features_with():
+    model = make()
+    step = uda.Step(model, data(), 0.0, 0, 0)
+    _ = step.target.features
+    with torch.no_grad():
+        assert not step.target.logits.requires_grad
+    assert step.target.logits.requires_grad
+    assert model.backbone.rows == [14]
+
+
 def test_a_target_batch_carries_no_label():
     batch = data()
     batch["target"]["y"] = torch.zeros(6, dtype=torch.long)

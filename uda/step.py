@@ -15,41 +15,47 @@ VIEWS = ("x", "weak", "strong")
 
 
 class View:
-    """One view of a batch: the input ``x``, its ``features`` ``[B, F]`` and ``logits`` ``[B, C]``."""
+    """One view of a batch: the input ``x``, its ``features`` ``[B, F]`` and ``logits`` ``[B, C]``.
 
-    __slots__ = ("_batch", "_features", "_logits", "name", "x")
+    What was computed under ``no_grad`` is computed again when it is asked for with gradients on, so that a plugin
+    that only labels by a view takes no gradient from another one that trains on it.
+    """
+
+    __slots__ = ("_batch", "_features", "_logits", "_no_graph", "name", "x")
 
     def __init__(self, batch: DomainBatch, name: str, x: Tensor) -> None:
         self._batch, self.name, self.x = batch, name, x
         self._features: Tensor | None = None
         self._logits: Tensor | None = None
+        self._no_graph = [False, False]  # of features and logits: they were computed under no_grad
 
     @property
     def features(self) -> Tensor:
         """Features after the bottleneck and ``transform_features``; computed once."""
-        if self._features is None:
+        if not self.computed:
             self._batch._forward(self.name)
         return self._features  # type: ignore[return-value]
 
     @features.setter
     def features(self, value: Tensor) -> None:
-        self._features, self._logits = value, None
+        self._features, self._logits, self._no_graph = value, None, [False, False]
 
     @property
     def logits(self) -> Tensor:
         """Classifier output for :attr:`features`; computed once."""
-        if self._logits is None:
+        if self._logits is None or (self._no_graph[1] and torch.is_grad_enabled()):
             self._logits = self._batch.model.head(self.features)
+            self._no_graph[1] = not torch.is_grad_enabled()
         return self._logits
 
     def set_logits(self, value: Tensor) -> None:
         """Logits from elsewhere (test-time adaptation)."""
-        self._logits = value
+        self._logits, self._no_graph[1] = value, False
 
     @property
     def computed(self) -> bool:
-        """Whether the forward has run."""
-        return self._features is not None
+        """Whether the forward has run, with gradients if these are on."""
+        return self._features is not None and not (self._no_graph[0] and torch.is_grad_enabled())
 
 
 class DomainBatch:
@@ -113,6 +119,8 @@ class DomainBatch:
         else:
             together = [self]
         self.model.compute_features(together, view)
+        for batch in together:
+            batch.views[view]._no_graph[0] = not torch.is_grad_enabled()
 
 
 class Step:
