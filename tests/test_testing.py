@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import uda
-from uda.testing import CHECKS, CheckFailed, PluginWarning, check_plugin
+from uda.testing import CHECKS, CheckFailed, PluginWarning, check_plugin, check_plugins_ddp
 
 HERE = Path(__file__).parent
 
@@ -65,9 +65,17 @@ def test_sound_plugin_passes(cls):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cls", [sound.TeacherAndBank, sound.TwoPhases], ids=lambda c: c.__name__)
-def test_sound_plugin_passes_under_two_processes(cls):
-    assert check_plugin(cls, only=["ddp"]).passed == ["ddp"]
+def test_sound_plugin_passes_under_two_processes():
+    assert check_plugin(sound.TeacherAndBank, only=["ddp"]).passed == ["ddp"]
+
+
+@pytest.mark.slow
+def test_several_plugins_share_a_pair_of_processes():
+    check_plugins_ddp([(sound.TeacherAndBank, {}), (sound.TwoPhases, {})])
+    wrong, message = next(iter(broken.BROKEN_UNDER_DDP.items()))
+    with pytest.raises(CheckFailed, match=message) as caught:
+        check_plugins_ddp([(sound.TwoPhases, {}), (wrong, {}), (sound.TeacherAndBank, {})])
+    assert caught.value.plugin == wrong.__name__
 
 
 @pytest.mark.parametrize("sources", [1, 2])

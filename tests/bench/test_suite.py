@@ -84,6 +84,26 @@ def test_plugins_of_a_method_are_all_it_has(write_suite, tmp_path):
     assert list(suite.config("a->b", "plain")["model"]["plugins"]) == ["old"]
 
 
+def test_methods_may_stand_in_a_file_of_their_own_and_name_configs_alone(load, tmp_path):
+    (tmp_path / "shared").mkdir()
+    align = {"align": {"class_path": "DANN"}}
+    (tmp_path / "dann.yaml").write_text(yaml.safe_dump({"model": {"plugins": align}}))
+    (tmp_path / "mcc.yaml").write_text(yaml.safe_dump({"model": {"plugins": {"refine": {"class_path": "MCC"}}}}))
+    listed = {
+        "plain": {}, "dann": "../dann.yaml", "both": ["../dann.yaml", "../mcc.yaml"],
+        "weak": {"config": "../dann.yaml", "overrides": {"model.plugins.align.weight": 0.1}},
+    }  # fmt: skip
+    (tmp_path / "shared" / "methods.yaml").write_text(yaml.safe_dump(listed))
+    suite = load(methods="shared/methods.yaml")
+    assert set(suite.methods) == set(listed)
+    assert suite.config("a->b", "dann")["model"]["plugins"] == align
+    assert list(suite.config("a->b", "both")["model"]["plugins"]) == ["align", "refine"]
+    assert suite.config("a->b", "weak")["model"]["plugins"]["align"]["init_args"] == {"weight": 0.1}
+    (tmp_path / "shared" / "methods.yaml").write_text(yaml.safe_dump({"dann": "../dan.yaml"}))
+    with pytest.raises(UDAError, match=r"dan\.yaml'\. Did you mean 'dann\.yaml'"):
+        load(methods="shared/methods.yaml")
+
+
 def test_variables_do_not_reach_the_key(load, monkeypatch):
     suite = load(overrides={"data.reader.path": "${FOLDER:-x}/d.npz"})
     before = [r.key for r in suite.runs()]

@@ -99,10 +99,7 @@ class Suite:
         suite = cls(
             name=name,
             tasks={str(k): dict(v or {}) for k, v in _mapping(spec.get("tasks"), f"{path}: tasks").items()},
-            methods={
-                str(k): _method(v, f"{path}: methods.{k}", path.parent)
-                for k, v in _mapping(spec.get("methods"), f"{path}: methods").items()
-            },
+            methods=_methods(spec.get("methods"), path),
             seeds=[int(s) for s in given.get("seeds", spec.get("seeds", [0]))],
             runs_dir=runs_dir,
             ledger=Path(given.get("ledger") or spec.get("ledger") or runs_dir / "ledger.jsonl"),
@@ -190,11 +187,26 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     return value
 
 
+def _methods(value: Any, path: Path) -> dict[str, dict[str, Any]]:
+    """Methods by name: a mapping, or the name of a file that holds one and serves several suites."""
+    if isinstance(value, str):
+        path = path.parent / value
+        return _methods(read_yaml(path), path)
+    return {
+        str(k): _method(v, f"{path}: methods.{k}", path.parent)
+        for k, v in _mapping(value, f"{path}: methods").items()
+    }
+
+
 def _method(value: Any, where: str, folder: Path) -> dict[str, Any]:
-    spec = dict(_mapping(value or {}, where))
+    """A method: ``{config, plugins, overrides}``, or a config's file name alone; several are laid one over another."""
+    spec = {"config": value} if isinstance(value, str | list) else dict(_mapping(value or {}, where))
     check_keys(spec, _METHOD_KEYS, where)
-    if isinstance(spec.get("config"), str):
-        spec["config"] = read_yaml(folder / spec["config"])
+    if isinstance(spec.get("config"), str | list):
+        names = [spec["config"]] if isinstance(spec["config"], str) else spec["config"]
+        spec["config"] = {}
+        for name in names:
+            spec["config"] = merged(spec["config"], read_yaml(folder / str(name)))
     if "plugins" in spec:
         spec["plugins"] = dict(_mapping(spec["plugins"] or {}, f"{where}.plugins"))
     return spec

@@ -12,11 +12,12 @@ from __future__ import annotations
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from uda.plugin import Plugin
 from uda.testing.bench import Bench, quiet
+from uda.testing.distributed import check_together
 from uda.testing.distributed import ddp as _ddp
 from uda.testing.fitness import checkpoint, construction, lifecycle
 from uda.testing.liveness import liveness as _liveness
@@ -25,7 +26,7 @@ from uda.testing.runs import accumulation, no_label_leak, precision, resume
 from uda.testing.surroundings import global_state, kept_globals
 from uda.testing.task import TinyTask
 
-__all__ = ["CHECKS", "CheckFailed", "PluginWarning", "Report", "TinyTask", "check_plugin"]
+__all__ = ["CHECKS", "CheckFailed", "PluginWarning", "Report", "TinyTask", "check_plugin", "check_plugins_ddp"]
 
 #: Checks by name, in the order in which they run.
 CHECKS: dict[str, Callable[..., None]] = {
@@ -116,3 +117,20 @@ def check_plugin(
             report.seconds[name] = time.perf_counter() - start
             report.passed.append(name)
     return report
+
+
+def check_plugins_ddp(cases: Iterable[tuple[type[Plugin], Mapping[str, Any]]], timeout: float = 180.0) -> None:
+    """The check ``ddp`` of several plugins in one pair of processes: their start is paid once.
+
+    Args:
+        cases: plugin class, and those arguments of :func:`check_plugin` that make the task: ``init_args``,
+            ``partners``, ``kind``, ``sources``, ``model_args``, ``data_args``.
+        timeout: seconds for the start and one case; 30 more for each further one.
+
+    Raises:
+        CheckFailed: (an ``AssertionError``) of the first plugin that fails, with what to do.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, quiet():
+        benches = [Bench(cls, **{"folder": folder, **given}) for cls, given in cases]
+        if benches:
+            check_together(benches, timeout + 30.0 * (len(benches) - 1))

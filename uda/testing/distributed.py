@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from uda.discovery import make_plugin
 from uda.testing.bench import Bench
@@ -25,8 +27,8 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _payload(bench: Bench) -> Path:
-    """What a process needs to make the same runs: files of the classes, and the pickled bench."""
+def _case(bench: Bench, number: int, folder: Path) -> dict[str, Any]:
+    """What a process needs to make the same runs of a plugin: files of the classes, and the pickled bench."""
     classes = [bench.cls, *(type(make_plugin(p)) for p in bench.partners.values())]
     try:
         blob = pickle.dumps(bench)
@@ -37,17 +39,22 @@ def _payload(bench: Bench) -> Path:
             f"the plugin class cannot be sent to another process: {error}",
             "define it at the top level of a module (not inside a function), and pass plain arguments",
         ) from error
-    folder = Path(bench.folder)
-    (folder / "bench.pickle").write_bytes(blob)
-    payload = {
-        "bench": str(folder / "bench.pickle"),
+    path = folder / f"bench{number}.pickle"
+    path.write_bytes(blob)
+    return {
+        "bench": str(path),
         "modules": [[c.__module__, inspect.getfile(c)] for c in classes],
-        "sys_path": [p for p in sys.path if p],
-        "unused": any([bench.cls.unused_parameters, *(c.unused_parameters for c in classes)]),
-        "out": str(folder / "rank"),
+        "unused": any(c.unused_parameters for c in classes),
+        "out": str(folder / f"case{number}-rank"),
     }
-    (folder / "payload.json").write_text(json.dumps(payload))
-    return folder / "payload.json"
+
+
+def _payload(benches: Sequence[Bench], folder: Path) -> Path:
+    """File that both processes read."""
+    cases = [_case(bench, number, folder) for number, bench in enumerate(benches)]
+    path = folder / "payload.json"
+    path.write_text(json.dumps({"sys_path": [p for p in sys.path if p], "cases": cases}))
+    return path
 
 
 def _launch(payload: Path, timeout: float) -> tuple[str, list[str]]:
@@ -93,24 +100,52 @@ def _launch(payload: Path, timeout: float) -> tuple[str, list[str]]:
 
 def ddp(bench: Bench, report: Report, timeout: float = 180.0) -> None:
     """Two processes train without an error and hold equal parameters and buffers after every batch."""
-    name, payload = bench.cls.__name__, _payload(bench)
+    check_together([bench], timeout)
+
+
+def check_together(benches: Sequence[Bench], timeout: float = 180.0) -> None:
+    """Train each plugin in turn under one pair of processes, whose start is most of the time of a check.
+
+    Args:
+        benches: of the plugins; files go to the folder of the first.
+        timeout: seconds for all.
+
+    Raises:
+        CheckFailed: of the first plugin that fails.
+    """
+    folder = Path(benches[0].folder)
+    payload = _payload(benches, folder)
     wrong, outputs = _launch(payload, timeout)
     if "address already in use" in outputs[0].lower():  # another process took the free port in between
         wrong, outputs = _launch(payload, timeout)
+    for number, bench in enumerate(benches):
+        files = [folder / f"case{number}-rank{r}.json" for r in range(WORLD)]
+        if not all(f.is_file() for f in files):  # the one at which the run came to its end
+            raise _ended(bench.cls.__name__, wrong, outputs[0])
+        _compare(bench.cls.__name__, *(json.loads(f.read_text()) for f in files))
+        for f in files:
+            f.unlink()
     if wrong:
-        remedy = "call collective operations (Bank.write, gather_rows) in all processes and in the same order"
-        if wrong.startswith("process"):
-            remedy = "its output tells why; the same run on one process is the check 'lifecycle'"
-        if "unused" in outputs[0] or "did not receive grad" in outputs[0]:
-            remedy = (
-                "let every trainable parameter take part in each step's objectives, freeze it "
-                "(requires_grad_(False)), or "
-                "set unused_parameters = True on the class"
-            )
-        raise CheckFailed(name, "ddp", f"{wrong}. Its last output:\n{outputs[0]}", remedy)
-    ranks = [json.loads((payload.parent / f"rank{r}.json").read_text()) for r in range(WORLD)]
-    for number, (one, other) in enumerate(zip(*ranks, strict=True)):
-        if different := sorted(k for k in one.keys() | other.keys() if one.get(k) != other.get(k)):
+        raise _ended(benches[-1].cls.__name__, wrong, outputs[0])
+
+
+def _ended(name: str, wrong: str, output: str) -> CheckFailed:
+    remedy = "call collective operations (Bank.write, gather_rows) in all processes and in the same order"
+    if wrong.startswith("process"):
+        remedy = "its output tells why; the same run on one process is the check 'lifecycle'"
+    if "unused" in output or "did not receive grad" in output:
+        remedy = (
+            "let every trainable parameter take part in each step's objectives, freeze it "
+            "(requires_grad_(False)), or "
+            "set unused_parameters = True on the class"
+        )
+    return CheckFailed(name, "ddp", f"{wrong}. Its last output:\n{output}", remedy)
+
+
+def _compare(name: str, one: list[dict[str, str]], other: list[dict[str, str]]) -> None:
+    """Raise where the fingerprints of the two ranks differ after a batch."""
+    for number, (a, b) in enumerate(zip(one, other, strict=True)):
+        if different := sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k)):
             raise CheckFailed(
                 name,
                 "ddp",
@@ -119,5 +154,3 @@ def ddp(bench: Bench, report: Report, timeout: float = 180.0) -> None:
                 "you write to a "
                 "buffer; draw random numbers for shared state from a generator seeded alike on all processes",
             )
-    for r in range(WORLD):
-        (payload.parent / f"rank{r}.json").unlink()

@@ -70,17 +70,18 @@ class Fingerprints(L.Callback):
 
 
 def main(payload: str) -> None:
-    """Train under DDP and write the fingerprints of this rank."""
+    """Train each case under DDP, in order, and write the fingerprints of this rank."""
     given = json.loads(Path(payload).read_text())
     sys.path[:0] = [p for p in given["sys_path"] if p not in sys.path]
-    for name, file in given["modules"]:
-        load_module(name, file)
-    bench = pickle.loads(Path(given["bench"]).read_bytes())
     torch.set_num_threads(1)
-    seen = Fingerprints()
-    strategy = "ddp_find_unused_parameters_true" if given["unused"] else "ddp"
-    bench.train(bench.built(), devices=2, strategy=strategy, callbacks=[seen])
-    Path(f"{given['out']}{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(seen.batches))
+    for case in given["cases"]:
+        for name, file in case["modules"]:
+            load_module(name, file)
+        bench = pickle.loads(Path(case["bench"]).read_bytes())
+        seen = Fingerprints()
+        strategy = "ddp_find_unused_parameters_true" if case["unused"] else "ddp"
+        bench.train(bench.built(), devices=2, strategy=strategy, callbacks=[seen])
+        Path(f"{case['out']}{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(seen.batches))
 
 
 if __name__ == "__main__":
