@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import uda
+from uda.nn import active_domain, convert_batchnorm
 
 
 class Count(nn.Module):
@@ -149,3 +150,42 @@ def test_source_only_never_forwards_the_target(small_data, quiet_trainer):
     trainer.fit(model, dm)
     assert seen
     assert all(keys == {"sources"} for keys in seen)
+
+
+class Domains(nn.Module):
+    """A layer that notes the domain that it is called for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list = []
+
+    def forward(self, x):
+        self.seen.append(active_domain())
+        return x
+
+
+def test_layers_learn_the_domains_of_their_rows():
+    """A joint forward names its parts in the order of the rows; the head is called for one domain at a time."""
+    model = make()
+    backbone, head = Domains(), Domains()
+    model.backbone, model.head = nn.Sequential(model.backbone, backbone), nn.Sequential(model.head, head)
+    step = uda.Step(model, data(("a", "b"), held_out=True), 0.0, 0, 0)
+    for batch in (step.target, step.sources["b"], step.held_out):
+        assert batch.logits.shape[1] == 3
+    joint, alone = backbone.seen
+    assert joint.role == "joint"
+    assert joint.parts == (("a", "source", 8), ("b", "source", 8), ("target", "target", 6))
+    assert (alone.name, alone.role) == ("target", "held_out")
+    assert [(d.name, d.role) for d in head.seen] == [("target", "target"), ("b", "source"), ("target", "held_out")]
+    assert active_domain() is None
+
+
+def test_a_layer_by_domain_refuses_a_joint_forward():
+    """It would take source rows for target rows."""
+    model = make()
+    model.backbone = convert_batchnorm(nn.Sequential(model.backbone, nn.BatchNorm1d(6)))
+    with pytest.raises(uda.UDAError, match="forward_mode"):
+        _ = uda.Step(model, data(), 0.0, 0, 0).source.features
+    separate = make(forward_mode="separate")
+    separate.backbone = model.backbone
+    assert uda.Step(separate, data(), 0.0, 0, 0).source.features.shape == (8, 5)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from uda.nn import domain_context
+
 if TYPE_CHECKING:
     from uda.module import UDA
     from uda.plugin import PseudoLabels
@@ -44,7 +46,9 @@ class View:
     def logits(self) -> Tensor:
         """Classifier output for :attr:`features`; computed once."""
         if self._logits is None or (self._no_graph[1] and torch.is_grad_enabled()):
-            self._logits = self._batch.model.head(self.features)
+            features = self.features
+            with domain_context(self._batch.name, self._batch.role):
+                self._logits = self._batch.model.head(features)
             self._no_graph[1] = not torch.is_grad_enabled()
         return self._logits
 
@@ -118,7 +122,10 @@ class DomainBatch:
             together = [b for b in self._step.joint if view in b.views and not b.views[view].computed]
         else:
             together = [self]
-        self.model.compute_features(together, view)
+        parts = [(b.name, b.role, len(b.views[view].x)) for b in together]
+        name, role = (self.name, self.role) if len(parts) == 1 else ("joint", "joint")
+        with domain_context(name, role, parts):
+            self.model.compute_features(together, view)
         for batch in together:
             batch.views[view]._no_graph[0] = not torch.is_grad_enabled()
 

@@ -22,10 +22,15 @@ Role = Literal["source", "target", "held_out", "joint"]
 
 @dataclass(frozen=True)
 class ActiveDomain:
-    """Domain of the forward under way; the role ``"joint"`` is one forward of several domains."""
+    """Domain of the forward under way.
+
+    The role ``"joint"`` is one forward of several domains; ``parts`` then has ``(name, role, rows)`` of each, in the
+    order of the rows.
+    """
 
     name: str
     role: Role
+    parts: tuple[tuple[str, Role, int], ...] = ()
 
 
 _ACTIVE: ContextVar[ActiveDomain | None] = ContextVar("uda_active_domain", default=None)
@@ -37,9 +42,11 @@ def active_domain() -> ActiveDomain | None:
 
 
 @contextmanager
-def domain_context(name: str, role: Role) -> Iterator[ActiveDomain]:
-    """Declare the domain of all forwards inside. Contexts nest."""
-    token = _ACTIVE.set(ActiveDomain(name, role))
+def domain_context(
+    name: str, role: Role, parts: Iterable[tuple[str, Role, int]] = ()
+) -> Iterator[ActiveDomain]:
+    """Declare the domain of all forwards inside, or the ``parts`` of a joint one. Contexts nest."""
+    token = _ACTIVE.set(ActiveDomain(name, role, tuple(parts)))
     try:
         yield _ACTIVE.get()  # type: ignore[misc]
     finally:
