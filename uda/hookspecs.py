@@ -116,7 +116,7 @@ def optimise(step: Step, objectives: Objectives) -> bool | None:
     """Step the optimisers by hand and return True. Only for plugins marked ``manual``.
 
     Use ``step.model.manual_update(loss, ...)``: it repeats clipping, accumulation and scheduler stepping, which
-    manual optimisation otherwise loses.
+    manual optimisation otherwise loses. ``step.model.again(step)`` is a second pass over the same batch.
     """
 
 

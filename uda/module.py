@@ -11,13 +11,12 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from uda import checkpointing, checks, running
+from uda import checkpointing, checks, objectives, running
 from uda.discovery import make_plugin
 from uda.errors import UDAError
 from uda.evaluation import EvaluationLoop
-from uda.gate import Level, Objectives
+from uda.gate import Level
 from uda.hooks import Hooks, require_manual
-from uda.losses import classification_loss
 from uda.manual import ManualUpdates
 from uda.nn import Bottleneck, domain_context, feature_size, make_backbone, make_head, use_channels_last
 from uda.optim import InverseDecay, Schedule, build_optimizer, build_scheduler, default_optimizer
@@ -222,34 +221,29 @@ class UDA(EvaluationLoop):
         """Hooks in the order prepare, align, pseudo-label, refine, weigh."""
         index = self.trainer.fit_loop.epoch_loop.total_batch_idx
         step = self._step = Step(self, batch, self.progress, batch_idx, index)
-        self.hooks.all("prepare_batch", step=step)
-        objectives = step.objectives
-        if step.sources:
-            losses = {n: classification_loss(b.logits, b.y, self.label_smoothing) for n, b in step.sources.items()}
-            objectives["classification"] = step.domain_mean(losses)
-        for hook in ("align_features", "refine_classifier"):
-            if hook == "refine_classifier" and step.target is not None:
-                _, step.target.pseudo = self.hooks.first("pseudo_label", step=step)
-            for key, found in self.hooks.each(hook, step=step):
-                objectives.update(running.named(key, hook, found))
-        if not objectives:
-            raise UDAError("No objective in this step: a source-free run needs a plugin that returns one.")
+        objectives.prepare(self, step)
+        objectives.collect(self, step)
         self._finite.see(step)
         running.log_step(self, step)
         if not self.automatic_optimization:
             running.manual_step(self, step)
             return None
-        return self._weighed(step)
+        return self.total(step)
 
-    def _weighed(self, step: Step) -> Tensor:
-        if self.hooks.filled("weigh_objectives"):
-            objectives = Objectives(step.objectives, step)
-            _, weights = self.hooks.first("weigh_objectives", step=step, objectives=objectives)
-            if weights is not None:
-                running.log_weights(self, weights)
-                return objectives.combine(weights)
-        first, *others = (x.float() for x in step.objectives.values())
-        return sum(others, start=first)
+    def total(self, step: Step) -> Tensor:
+        """Sum of the objectives of a step, weighed where a plugin weighs them."""
+        return objectives.total(self, step)
+
+    def again(self, step: Step, collect: bool = True) -> Step:
+        """The batch of a step once more, at the weights as they are now: for manual methods of several passes.
+
+        Args:
+            collect: compute all objectives by all hooks; otherwise features and logits only, when asked for.
+        """
+        fresh = objectives.again(step)
+        if collect:
+            objectives.collect(self, fresh)
+        return fresh
 
     def manual_update(self, loss: Tensor, only: list[str] | None = None, phase: str = "step") -> None:
         """Backward and step for manual methods: clipping, accumulation, averaging over ranks.
