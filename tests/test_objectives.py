@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import uda
-from uda import objectives
+from uda import objectives, ranks
 from uda.nn import MLP
 
 
@@ -28,6 +28,7 @@ class Mixes(uda.Plugin):
     @uda.hookimpl
     def align_features(self, step):
         assert step.source.cache["mixes/note"] == "kept"
+        self.log_later(gap=1.0)
         return {"gap": (step.source.features.mean(0) - step.target.features.mean(0)).square().sum()}
 
     @uda.hookimpl
@@ -64,6 +65,7 @@ def test_a_second_pass_sees_the_prepared_batch_and_nothing_of_the_first():
     assert again.objectives.keys() == step.objectives.keys() == {"classification", "mixes/gap"}
     for name, value in step.objectives.items():
         torch.testing.assert_close(again.objectives[name], value)
+    assert model.plugins["mixes"].take_diagnostics() == {}
     third = model.again(again, collect=False)
     assert not third.objectives
     assert third.source.cache == {"mixes/note": "kept"}
@@ -89,3 +91,8 @@ def test_the_total_is_weighed(monkeypatch):
     one, two = again.objectives["classification"], again.objectives["mixes/gap"]
     expected = torch.autograd.grad(3 * one + two, [w], retain_graph=True) + torch.autograd.grad(one, [head])
     torch.testing.assert_close(got, expected)
+
+
+def test_mean_over_one_process_is_the_tensor_itself():
+    tensors = [torch.randn(2, 3), torch.randn(4, dtype=torch.float64)]
+    assert all(a is b for a, b in zip(ranks.mean_over_ranks(tensors), tensors, strict=True))

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from uda.errors import UDAError, nearest
+from uda.ranks import mean_over_ranks
 
 if TYPE_CHECKING:
     from uda.module import UDA
@@ -43,21 +43,11 @@ class ManualUpdates:
             buffer[p] = buffer[p] + g if p in buffer else g
         if not stepping:
             return
-        self._average(list(buffer.values()))
         optimizer.zero_grad(set_to_none=True)
-        for p, g in buffer.items():
+        for p, g in zip(buffer, mean_over_ranks(list(buffer.values())), strict=True):
             p.grad = g
         if clip > 0:
             torch.nn.utils.clip_grad_norm_(list(buffer), clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         buffer.clear()
-
-    @staticmethod
-    def _average(grads: list[Tensor]) -> None:
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            flat = torch.cat([g.flatten() for g in grads])
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
-            for g, f in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                g.copy_(f.view_as(g))

@@ -243,6 +243,8 @@ class UDA(EvaluationLoop):
         fresh = objectives.again(step)
         if collect:
             objectives.collect(self, fresh)
+            for plugin in self.plugins.values():
+                plugin.drop_diagnostics()  # those of the first pass are logged
         return fresh
 
     def manual_update(self, loss: Tensor, only: list[str] | None = None, phase: str = "step") -> None:
