@@ -1,0 +1,60 @@
+"""What methods with two classifiers share: a second head beside the model's, both deep where that is wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+import uda
+from uda.losses import classification_loss
+from uda.nn import DomainDiscriminator
+
+
+def groups_of(model: uda.UDA, *modules: nn.Module) -> list[str]:
+    """Names of the optimiser groups that hold parameters of the modules."""
+    wanted = {id(p) for m in modules for p in m.parameters()}
+    groups = model.optimizers(use_pl_optimizer=False).param_groups
+    return [g["name"] for g in groups if any(id(p) in wanted for p in g["params"])]
+
+
+class TwoClassifiers(uda.Plugin):
+    """A second classifier of the same form as ``model.head``, from an initialisation of its own.
+
+    Args:
+        hidden: width of the hidden layers of both classifiers; the model's head is then replaced. 0: both are as the
+            model's head.
+        layers, batch_norm, dropout: hidden layers of Linear-(BatchNorm)-ReLU-(dropout), where ``hidden`` is not 0.
+        lr_scale: learning rate of the second classifier relative to the head's.
+    """
+
+    settings = ("closed", "multi-source")
+
+    def __init__(self, hidden: int, layers: int, batch_norm: bool, dropout: float, lr_scale: float) -> None:
+        super().__init__()
+        if hidden < 0 or not 0 <= dropout < 1:
+            raise uda.UDAError(f"{type(self).__name__}: hidden must not be negative, and dropout lies in [0, 1).")
+        self.hidden, self.lr_scale = hidden, lr_scale
+        self._net = {"hidden": hidden, "layers": layers, "batch_norm": batch_norm, "dropout": dropout}
+        self.second: nn.Module | None = None
+
+    @uda.hookimpl
+    def build(self, model: uda.UDA) -> None:
+        """Make the second classifier, and the first one anew where both are deep."""
+        if self.second is not None:
+            return
+        size, classes = model.feature_dim, model.num_classes
+        if self.hidden:
+            model.head = DomainDiscriminator(size, **self._net, out_features=classes)
+            self.second = DomainDiscriminator(size, **self._net, out_features=classes)
+        else:
+            self.second = type(model.head)(size, classes)
+
+    @uda.hookimpl
+    def param_groups(self, model: uda.UDA) -> list[dict[str, Any]]:
+        """The second classifier at its own rate."""
+        return [{"name": self.key, "params": self.second.parameters(), "lr_scale": self.lr_scale}]
+
+    def second_loss(self, step: uda.Step, features: Tensor) -> Tensor:
+        """Classification loss of the second classifier on the source features ``[B, F]``."""
+        return classification_loss(self.second(features), step.pooled("y"), step.model.label_smoothing)
