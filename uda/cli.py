@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         "uda.commands.bench", "suites of methods x tasks x seeds; tables; tuning without labels"
     ),
+    "report": Command("uda.commands.report", "one HTML page on one or several finished runs"),
 }
 
 

@@ -172,6 +172,7 @@ def log_step(model: UDA, step: Step) -> None:
     for key, plugin in model.plugins.items():
         values |= {f"train/{key}/{name}": v for name, v in plugin.take_diagnostics().items()}
     model.log_dict(values, batch_size=1)
+    model.logged = values  # the run's history takes it, with any logger or none
     total = torch.stack([v.detach().float() for v in step.objectives.values()]).sum()
     model.log("train/loss", total, prog_bar=True, batch_size=1)
 

@@ -20,6 +20,7 @@ import torch
 
 import uda
 from uda.described import describe
+from uda.run.history import ObjectiveMeans, write_history
 from uda.selection import monitor_value, needed_scores, running_choice, select_epoch
 
 TARGET = {
@@ -100,8 +101,10 @@ def figures_of(trainer: L.Trainer, prefix: str = "") -> dict[str, float]:
 class RunSummary(L.Callback):
     """Keeps the figures of each validation, and at the end of a fit prints them and writes ``summary.json``.
 
-    The history is part of the checkpoints, so that a resumed run has all of it. Target accuracies are there
-    for the report only: the epoch called *selected* is the one with the best label-free score.
+    Each validation also writes ``history.jsonl``: the figures, and the mean of each objective over the steps that
+    were logged since the last validation (every ``trainer.log_every_n_steps``; no logger is needed). The history
+    is part of the checkpoints, so that a resumed run has all of it. Target accuracies are there for the report
+    only: the epoch called *selected* is the one with the best label-free score.
 
     Args:
         dirpath: where ``summary.json`` goes; None: the trainer's ``default_root_dir``.
@@ -122,9 +125,14 @@ class RunSummary(L.Callback):
         self.select_by, self.show = select_by, show
         self.config_hash = None if config is None else config_hash(config)
         self.history: list[dict[str, Any]] = []
+        self._means = ObjectiveMeans()
         self.summary: dict[str, Any] = {}
         self._before = 0.0
         self._since: float | None = None
+
+    def folder(self, trainer: L.Trainer) -> Path:
+        """Where the files go."""
+        return self.dirpath or Path(trainer.default_root_dir)
 
     # ------------------------------------------------------------------------------------ over the run
 
@@ -145,24 +153,32 @@ class RunSummary(L.Callback):
         """Start the clock."""
         self._since = time.monotonic()
 
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        """Take note of the objectives, in steps that are logged."""
+        if (logged := getattr(pl_module, "logged", None)) is not None:
+            self._means.add(logged)
+            pl_module.logged = None
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take note of the figures."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **figures_of(trainer)}
+        row = {"epoch": trainer.current_epoch, "step": trainer.global_step, **figures_of(trainer), **self._means.take()}
         if self.history and self.history[-1]["step"] == row["step"]:
             self.history.pop()  # a run resumed inside its validation repeats it
         self.history.append(row)
         if self.select_by == "vote":  # which only a history can hold; checkpoints are written after this
             value = monitor_value(self.history, "vote")
             trainer.callback_metrics["guarded/vote"] = torch.tensor(value)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            write_history(self.folder(trainer), self.history)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write."""
         self.summary = self.make(trainer, pl_module)
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        folder = self.dirpath or Path(trainer.default_root_dir)
+        folder = self.folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / ".summary.json"
         partial.write_text(json.dumps(self.summary, indent=2) + "\n")
