@@ -1,6 +1,11 @@
 """Self-training and classifier refinement for uda."""
 
 from uda_selftraining.entropy import EntropyMinimisation
+from uda_selftraining.fixmatch import FixMatch
+from uda_selftraining.jigsaw import Jigsaw
 from uda_selftraining.mcc import MCC
+from uda_selftraining.mean_teacher import MeanTeacher
+from uda_selftraining.pseudo_label import PseudoLabel, SelfTraining
+from uda_selftraining.rotation import Rotation
 
-__all__ = ["MCC", "EntropyMinimisation"]
+__all__ = ["MCC", "EntropyMinimisation", "FixMatch", "Jigsaw", "MeanTeacher", "PseudoLabel", "Rotation", "SelfTraining"]
