@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from uda.described import describe
 from uda.errors import UDAError
+from uda.nn import spread_batchnorm
 
 if TYPE_CHECKING:
     from uda.module import UDA
@@ -110,7 +111,7 @@ def init_from(model: UDA, path: str) -> None:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UDAError(f"model.init_from: {path!r} cannot be read as a checkpoint: {error}") from error
-    state = checkpoint.get("state_dict", checkpoint)
+    state = spread_batchnorm(model, checkpoint.get("state_dict", checkpoint))
     own = model.state_dict()
     for part in ("backbone", "bottleneck", "head"):
         _same_shapes(part, own, state, f"model.init_from ({file.name})")

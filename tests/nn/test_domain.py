@@ -18,6 +18,7 @@ from uda.nn import (
     convert_batchnorm,
     domain_context,
     feature_size,
+    spread_batchnorm,
 )
 
 
@@ -95,6 +96,21 @@ def test_conversion_keeps_the_function_and_is_idempotent():
     again = copy.deepcopy(net.state_dict())
     assert convert_batchnorm(net).state_dict().keys() == again.keys()
     assert isinstance(convert_batchnorm(nn.BatchNorm2d(3)), DomainBatchNorm)
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_branches_start_from_the_weights_of_a_plain_net(bare):
+    plain = nn.BatchNorm2d(4) if bare else SmallCNN(1, widths=(4, 4))
+    x = torch.randn(8, 4 if bare else 1, 8, 8)
+    plain(x)
+    fresh = convert_batchnorm(nn.BatchNorm2d(4) if bare else SmallCNN(1, widths=(4, 4)))
+    fresh.load_state_dict(spread_batchnorm(fresh, plain.state_dict()))
+    plain.eval(), fresh.eval()
+    for role in ("source", "target"):
+        with domain_context(role, role):
+            torch.testing.assert_close(fresh(x), plain(x))
+    own = fresh.state_dict()
+    assert spread_batchnorm(fresh, own).keys() == own.keys()
 
 
 def test_a_backbone_a_domain():

@@ -128,6 +128,23 @@ def convert_batchnorm(
     return module
 
 
+def spread_batchnorm(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of the net before :func:`convert_batchnorm` as one for the net after it: all branches start alike.
+
+    Args:
+        module: the net with :class:`DomainBatchNorm` layers; state: of either net.
+    """
+    spread = dict(state)
+    for name, layer in module.named_modules():
+        if isinstance(layer, DomainBatchNorm):
+            prefix = f"{name}." if name else ""
+            for key in next(iter(layer.norms.values())).state_dict():
+                if prefix + key in spread:
+                    value = spread.pop(prefix + key)
+                    spread |= {f"{prefix}norms.{role}.{key}": value for role in layer.norms}
+    return spread
+
+
 class PerDomain(Backbone):
     """A backbone for each domain, for domains with different inputs.
 
