@@ -2,10 +2,21 @@
 
 from uda_selftraining.entropy import EntropyMinimisation
 from uda_selftraining.fixmatch import FixMatch
+from uda_selftraining.get import GeT
 from uda_selftraining.jigsaw import Jigsaw
 from uda_selftraining.mcc import MCC
 from uda_selftraining.mean_teacher import MeanTeacher
 from uda_selftraining.pseudo_label import PseudoLabel, SelfTraining
 from uda_selftraining.rotation import Rotation
 
-__all__ = ["MCC", "EntropyMinimisation", "FixMatch", "Jigsaw", "MeanTeacher", "PseudoLabel", "Rotation", "SelfTraining"]
+__all__ = [
+    "MCC",
+    "EntropyMinimisation",
+    "FixMatch",
+    "GeT",
+    "Jigsaw",
+    "MeanTeacher",
+    "PseudoLabel",
+    "Rotation",
+    "SelfTraining",
+]
