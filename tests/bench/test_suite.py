@@ -99,6 +99,8 @@ def test_methods_may_stand_in_a_file_of_their_own_and_name_configs_alone(load, t
     assert suite.config("a->b", "dann")["model"]["plugins"] == align
     assert list(suite.config("a->b", "both")["model"]["plugins"]) == ["align", "refine"]
     assert suite.config("a->b", "weak")["model"]["plugins"]["align"]["init_args"] == {"weight": 0.1}
+    more = load(methods=["shared/methods.yaml", {"own": "dann.yaml"}])
+    assert set(more.methods) == {*listed, "own"}
     (tmp_path / "shared" / "methods.yaml").write_text(yaml.safe_dump({"dann": "../dan.yaml"}))
     with pytest.raises(UDAError, match=r"dan\.yaml'\. Did you mean 'dann\.yaml'"):
         load(methods="shared/methods.yaml")
@@ -126,7 +128,8 @@ def test_only_takes_patterns_and_parts(load):
         ({"taks": {}}, "unknown key 'taks'. Did you mean 'tasks'"),
         ({"tasks": {}}, "at least one task"),
         ({"methods": {"a": {"plugin": {}}}}, "unknown key 'plugin'. Did you mean 'plugins'"),
-        ({"methods": ["dann"]}, "must be a mapping"),
+        ({"methods": 3}, "must be a mapping"),
+        ({"methods": ["dann.yaml"]}, "no file"),
         ({"base": "bose.yaml"}, "Did you mean 'base.yaml'"),
     ],
 )

@@ -188,7 +188,9 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _methods(value: Any, path: Path) -> dict[str, dict[str, Any]]:
-    """Methods by name: a mapping, or the name of a file that holds one and serves several suites."""
+    """Methods by name: a mapping, the name of a file that holds one and serves several suites, or a list of these."""
+    if isinstance(value, list):
+        return {name: spec for part in value for name, spec in _methods(part, path).items()}
     if isinstance(value, str):
         path = path.parent / value
         return _methods(read_yaml(path), path)
