@@ -18,6 +18,7 @@ OPTIONS = {
     "validate": (*COMMON, "verbose"),
     "test": (*COMMON, "verbose"),
     "predict": (*COMMON, "return_predictions", "probabilities"),
+    "inspect": ("config", "seed_everything"),
 }
 
 

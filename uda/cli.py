@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         "uda.commands.bench", "suites of methods x tasks x seeds; tables; tuning without labels"
     ),
+    "inspect": Command("uda.commands.inspect", "the shift before training: what kind, how large, whether to adapt"),
     "report": Command("uda.commands.report", "one HTML page on one or several finished runs"),
 }
 

@@ -23,6 +23,8 @@ from uda.shift.duplicates import difference_hash, exact_hashes
 RAW_SIZE = 4096
 #: Images of at least this side get a perceptual hash.
 HASHED_SIDE = 32
+#: Exact duplicates are looked for in whole domains of up to this many numbers, else among the rows drawn.
+HASHED_NUMBERS = 200_000_000
 
 
 class WithoutLabels(Reader):
@@ -206,6 +208,15 @@ def take(datamodule: DataModule, pools: DomainPools, pool: Pool, encoder: Encode
         None if labels is None else labels[rows], exact, np.concatenate(perceptual) if perceptual else None,
         np.zeros(len(rows), dtype=np.int64),
     )  # fmt: skip
+
+
+def all_hashes(datamodule: DataModule, pools: DomainPools, pool: Pool) -> list[bytes] | None:
+    """A hash of every input of a pool held in memory, in pool order; None where that would mean decoding files."""
+    inputs = pools.data.inputs
+    if inputs.kind == "files" or len(pool) * int(np.prod(datamodule.input_shapes[pools.name])) > HASHED_NUMBERS:
+        return None
+    loader = datamodule._feeds.sharded(pools, pool, datamodule.eval_batch_size, labelled=False)
+    return [h for batch in loader for h in exact_hashes(batch["x"])]
 
 
 def join(samples: list[Sample]) -> Sample:

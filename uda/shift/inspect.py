@@ -112,7 +112,7 @@ def inspect_shift(
         base, compared = np.array_split(np.random.default_rng(seed).permutation(held), 2)
     found["novelty"] = divergence.novelty(source.features[base], source.features[compared], target.features)
     progress("looking for duplicates")
-    found["duplicates"] = _duplicates(source, target, near)
+    found["duplicates"] = _duplicates(data, source, target, near)
     found |= advice.advise(found)
     found["settings"] = {
         "max_samples": max_samples, "held_out": held_out, "near": near, "permutations": permutations, "draws": draws,
@@ -254,11 +254,17 @@ def _matched(
     return {"known": True, "source_rows": len(rows), **tests}
 
 
-def _duplicates(source: Sample, target: Sample, near: float) -> dict[str, Any]:
+def _duplicates(data: DataModule, source: Sample, target: Sample, near: float) -> dict[str, Any]:
+    task, s, t, y = data.task, source.exact, target.exact, source.y
+    pools = [features.whole_pool(p) for p in task.sources]
+    hashes = [features.all_hashes(data, p, pool) for p, pool in zip(task.sources, pools, strict=True)]
+    in_target = features.all_hashes(data, task.target, task.target.train)
+    if in_target is not None and None not in hashes:
+        s, t, y = [h for found in hashes for h in found], in_target, np.concatenate([p.labels.numpy() for p in pools])
     out: dict[str, Any] = {
-        "source_rows": len(source), "target_rows": len(target),
-        "whole": len(source) == source.size and len(target) == target.size,
-        "exact": duplicates.exact_duplicates(source.exact, target.exact, source.y),
+        "source_rows": len(s), "target_rows": len(t),
+        "whole": len(s) == sum(map(len, pools)) and len(t) == len(task.target.train),
+        "exact": duplicates.exact_duplicates(s, t, y), "near_source_rows": len(source), "near_target_rows": len(target),
         "cosine": {"above": near, **duplicates.near_by_cosine(source.features, target.features, near)},
     }  # fmt: skip
     if source.perceptual is not None and target.perceptual is not None:

@@ -132,12 +132,13 @@ def _novelty(n: dict[str, Any]) -> list[Statement]:
 
 def _duplicates(d: dict[str, Any]) -> list[Statement]:
     exact, cosine = d["exact"], d["cosine"]
-    of = "" if d["whole"] else " (drawn rows only: the whole domains have more)"
+    of = "" if d["whole"] else " (drawn rows only: there may be more)"
     text = (
         f"Exact duplicates among {d['source_rows']} source and {d['target_rows']} target rows{of}: {exact['source']} "
         f"in the source ({exact['conflicts']} inputs with two labels), {exact['target']} in the target, "
-        f"{exact['across']} target rows that the source has. Near (cosine of centred features above "
-        f"{cosine['above']:g}): {cosine['source']}, {cosine['target']}, {cosine['across']}."
+        f"{exact['across']} target rows that the source has. Near ones among {d['near_source_rows']} and "
+        f"{d['near_target_rows']} rows (cosine of centred features above {cosine['above']:g}): {cosine['source']}, "
+        f"{cosine['target']}, {cosine['across']}."
     )
     if p := d.get("perceptual"):
         text += f" By perceptual hash (at most {p['bits']} of 64 bits): {p['source']}, {p['target']}, {p['across']}."
