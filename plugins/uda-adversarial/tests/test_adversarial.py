@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from uda_adversarial import CDAN, DANN
+from uda_adversarial import ADDA, BSP, CDAN, DANN, MCD, MDD, SDAT, MCDPhases, ToAlign
 
 import uda
-from uda.testing import CheckFailed, check_plugin
+from uda.testing import CheckFailed, check_plugin, check_plugins_ddp
 
 SMALL = {"hidden": 16}
 
@@ -189,10 +189,24 @@ def test_plugin(cls, init_args):
     assert check_plugin(cls, init_args=init_args, ddp=False).objectives == ["domain"]
 
 
+def aligner(name):
+    return {"align": {"class_path": name, "init_args": SMALL}}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("cls", "init_args"), CASES, ids=IDS)
-def test_plugin_under_two_processes(cls, init_args):
-    check_plugin(cls, init_args=init_args, only=["ddp"])
+def test_under_two_processes():
+    check_plugins_ddp(
+        [
+            *((cls, {"init_args": init_args}) for cls, init_args in CASES),
+            (MCD, {"init_args": {"hidden": 8, "balance": 0.01}}),
+            (MCDPhases, {"init_args": {"repeats": 2}}),
+            (MDD, {"init_args": {"hidden": 8}}),
+            (BSP, {"partners": aligner("DANN")}),
+            (SDAT, {"init_args": {"rho": 0.2}, "partners": aligner("CDAN")}),
+            (ADDA, {"init_args": {"hidden": 8, "pretrain": 0.45}}),
+            (ToAlign, {"init_args": SMALL}),
+        ]
+    )
 
 
 @pytest.mark.parametrize("cls", [DANN, CDAN])

@@ -12,10 +12,20 @@ from uda.nn import DomainDiscriminator
 
 
 def groups_of(model: uda.UDA, *modules: nn.Module) -> list[str]:
-    """Names of the optimiser groups that hold parameters of the modules."""
+    """Names of the optimiser groups that hold parameters of the modules.
+
+    Raises:
+        UDAError: where nothing of them trains.
+    """
     wanted = {id(p) for m in modules for p in m.parameters()}
     groups = model.optimizers(use_pl_optimizer=False).param_groups
-    return [g["name"] for g in groups if any(id(p) in wanted for p in g["params"])]
+    found = [g["name"] for g in groups if any(id(p) in wanted for p in g["params"])]
+    if not found:
+        raise uda.UDAError(
+            f"Nothing trains in {', '.join(type(m).__name__ for m in modules)}, which this method has to move: "
+            "give the model a bottleneck or a backbone that trains."
+        )
+    return found
 
 
 class TwoClassifiers(uda.Plugin):
