@@ -207,8 +207,9 @@ class UDACLI(LightningCLI):
 
 
 def import_named_classes() -> None:
-    """Import what a config may name by short class names: plugins, readers, views, schedules."""
+    """Import what a config may name by short class names: plugins, readers, views, schedules, diagnostics."""
     registry()
+    importlib.import_module("uda.diagnostics")
     for module in sorted(set(data._WHERE.values())):
         importlib.import_module(f"uda.data.{module}")
 
