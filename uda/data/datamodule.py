@@ -14,6 +14,7 @@ from uda.data.checks import check_batches, check_domains, check_settings, check_
 from uda.data.classes import ClassSplit, as_split
 from uda.data.default_views import default_views
 from uda.data.feeds import Feeds
+from uda.data.imbalance import check_keep
 from uda.data.loaders import ShardedLoader
 from uda.data.needs import needs_of
 from uda.data.pools import DomainPools, Task, make_task
@@ -51,6 +52,9 @@ class DataModule(L.LightningDataModule):
             images are then in no target batch.
         classes: class names by where they occur; None: the closed set.
         allow_missing_classes: let a domain lack classes of the closed set.
+        keep: class-imbalanced domains: share of its samples that a class keeps, by domain and class name. The
+            names ``first_half`` and ``second_half`` stand for the first ``floor(C / 2)`` classes and the others:
+            ``{my_target: {first_half: 0.3}}``. What stays is the same for all seeds, and is trained and evaluated on.
         heterogeneous: let domains differ in input shape.
         views: the transforms; None: by kind of input.
         sampling: of the sources; ``class_balanced`` draws every class equally often.
@@ -75,6 +79,7 @@ class DataModule(L.LightningDataModule):
         held_out_fraction: float = 0.1,
         classes: ClassSplit | dict | None = None,
         allow_missing_classes: bool = False,
+        keep: dict[str, dict[str, float]] | None = None,
         heterogeneous: bool = False,
         views: Views | None = None,
         sampling: Literal["uniform", "class_balanced"] = "uniform",
@@ -97,6 +102,7 @@ class DataModule(L.LightningDataModule):
         self.held_out_fraction = held_out_fraction
         self.classes = as_split(classes)
         self.allow_missing_classes, self.heterogeneous = allow_missing_classes, heterogeneous
+        self.keep = check_keep(keep)
         self.views, self.sampling, self.on_bad_image = views, sampling, on_bad_image
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self._seed = seed
@@ -156,6 +162,7 @@ class DataModule(L.LightningDataModule):
                 self.source_val_fraction,
                 self.target_test_fraction,
                 self.seed,
+                self.keep,
             )
         return self._task
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import LongTensor
 
 from uda.data.classes import ClassSplit, LabelSpace, label_space
 from uda.data.domains import DomainData
+from uda.data.imbalance import kept
 from uda.data.splits import split_by_class, split_by_index
 from uda.errors import UDAError
 
@@ -68,9 +70,12 @@ def _pool(rows: np.ndarray, ids: np.ndarray) -> Pool:
     return Pool(rows, torch.from_numpy(ids[rows]))
 
 
-def source_pools(data: DomainData, space: LabelSpace, fraction: float, seed: int) -> DomainPools:
+def source_pools(
+    data: DomainData, space: LabelSpace, fraction: float, seed: int, keep: Mapping[str, float] | None = None
+) -> DomainPools:
     """Stratified pools of a source; with fraction 0 it is evaluated on its training pool."""
     ids, rows = space.ids(data), space.source_rows(data)
+    rows = rows[kept(data, space.class_names, keep or {})[rows]]
     if not len(rows):
         raise UDAError(f"source domain {data.name!r} has no image of a known or source-private class")
     keep, back = split_by_class(ids[rows], fraction, seed, data.name)
@@ -79,10 +84,16 @@ def source_pools(data: DomainData, space: LabelSpace, fraction: float, seed: int
 
 
 def target_pools(
-    data: DomainData, space: LabelSpace, split: ClassSplit | None, fraction: float, seed: int
+    data: DomainData,
+    space: LabelSpace,
+    split: ClassSplit | None,
+    fraction: float,
+    seed: int,
+    keep: Mapping[str, float] | None = None,
 ) -> DomainPools:
     """Pools of the target in an order without labels; with fraction 0 both are one (transductive)."""
     ids, rows = space.ids(data), space.target_rows(data, split.source_private if split else ())
+    rows = rows[kept(data, space.class_names, keep or {})[rows]]
     if not len(rows):
         raise UDAError(f"target domain {data.name!r} has no image of a known or target-private class")
     order = data.inputs.order()
@@ -103,11 +114,15 @@ def make_task(
     source_val_fraction: float,
     target_test_fraction: float,
     seed: int,
+    keep: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Task:
-    """Check the label space and draw the splits."""
-    space = label_space(sources, target, split, allow_missing)
+    """Check the label space, thin classes and draw the splits."""
+    space, keep = label_space(sources, target, split, allow_missing), keep or {}
+    if stray := set(keep) - {d.name for d in [*sources, target]}:
+        names = [d.name for d in [*sources, target]]
+        raise UDAError(f"data.keep names {sorted(stray)[0]!r}, which is no domain of this run, which has {names}")
     return Task(
         space,
-        [source_pools(d, space, source_val_fraction, seed) for d in sources],
-        target_pools(target, space, split, target_test_fraction, seed),
+        [source_pools(d, space, source_val_fraction, seed, keep.get(d.name)) for d in sources],
+        target_pools(target, space, split, target_test_fraction, seed, keep.get(target.name)),
     )
