@@ -86,7 +86,9 @@ class PseudoLabel(uda.Plugin):
             each epoch, in evaluation mode, and keep these labels for the epoch.
         share: part of each class that is kept, for ``update: epoch``; 1 leaves it to the threshold.
         share_start: share at the start of the run; it grows linearly to ``share``. None: ``share`` throughout. (Zou
-            et al. start at 0.2 and add 0.05 a round.)
+            et al. start at 0.2, add 0.05 a round, and stop at 0.5.)
+        warmup: share of the run in which no label is kept: an untrained classifier labels at random, and what is
+            trained on such labels stays wrong.
         view: the view that is labelled, for ``update: step``: ``x``, ``weak`` or ``strong``.
         soft: give class probabilities as labels, not one class.
     """
@@ -100,13 +102,14 @@ class PseudoLabel(uda.Plugin):
         update: str = "step",
         share: float = 1.0,
         share_start: float | None = None,
+        warmup: float = 0.1,
         view: str = "x",
         soft: bool = False,
     ) -> None:
         super().__init__()
         check_view("PseudoLabel", "view", view)
-        if not 0 <= threshold < 1:
-            raise uda.UDAError(f"PseudoLabel: threshold is in [0, 1), not {threshold}.")
+        if not (0 <= threshold < 1 and 0 <= warmup < 1):
+            raise uda.UDAError(f"PseudoLabel: threshold and warmup are in [0, 1), not {threshold} and {warmup}.")
         if update not in ("step", "epoch"):
             raise uda.UDAError(f"PseudoLabel: update is step or epoch, not {update!r}.")
         start = share if share_start is None else share_start
@@ -117,7 +120,7 @@ class PseudoLabel(uda.Plugin):
         if update == "epoch" and view != "x":
             raise uda.UDAError("PseudoLabel: the whole target is labelled without augmentation: leave view at x.")
         self.threshold, self.update, self.view, self.soft = threshold, update, view, soft
-        self.share, self.share_start = share, start
+        self.share, self.share_start, self.warmup = share, start, warmup
 
     @uda.hookimpl
     def data_needs(self) -> uda.DataNeeds:
@@ -160,6 +163,8 @@ class PseudoLabel(uda.Plugin):
         else:
             at = step.target.index
             found = uda.PseudoLabels(self.labels[at], soft=self.probs[at] if self.soft else None, keep=self.kept[at])
+        if step.progress < self.warmup:
+            found.keep = torch.zeros_like(found.keep)
         self.log_later(kept=lambda: found.keep.float().mean())
         return found
 
