@@ -194,8 +194,8 @@ def novelty(fit: Any, held_out: Any, target: Any, k: int = 5) -> dict[str, Any]:
 
     Returns:
         ``ranks`` by interval; ``far``: share beyond the source's 95th percentile, less the 5 % expected; ``flat``:
-        ratio of the first two shares, 1 where a part of the target is like the source and the rest is far away,
-        and below 1 where all of it moved.
+        ratio of the first two shares (the second counts as 0.05 at least), 1 where a part of the target is like the
+        source and the rest is far away, and below 1 where all of it moved.
     """
     fit, held_out = _pair(fit, held_out, 2)
     _, target = _pair(fit, target, 1)
@@ -211,7 +211,7 @@ def novelty(fit: Any, held_out: Any, target: Any, k: int = 5) -> dict[str, Any]:
     edges = [0, 0.25, 0.5, 0.75, 0.95]
     counts = np.histogram(rank, [*edges, 1.01])[0] / len(rank)
     names = [f"{a:g}-{b:g}" for a, b in zip(edges, [*edges[1:], 1], strict=True)]
-    flat = float(counts[0] / counts[1]) if counts[1] > 0 else 0.0
+    flat = float(counts[0] / max(counts[1], 0.05))
     return {
         "ranks": dict(zip(names, map(float, counts), strict=True)),
         "far": max(0.0, float(counts[-1]) - 0.05), "flat": flat,
