@@ -143,9 +143,3 @@ IDS = ["MCC", "entropy", "information"]
 @pytest.mark.parametrize(("cls", "init_args"), CASES, ids=IDS)
 def test_plugin(cls, init_args):
     check_plugin(cls, init_args=init_args, ddp=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("cls", "init_args"), CASES, ids=IDS)
-def test_plugin_under_two_processes(cls, init_args):
-    check_plugin(cls, init_args=init_args, only=["ddp"])
