@@ -131,6 +131,7 @@ def test_images_half_precision_and_constants():
     assert torch.isnan(cka(torch.ones(10, 3), x))  # a dead layer is like nothing
     constant = torch.ones(10, 3)
     assert float(dcka(x, x, constant)) == pytest.approx(1.0)  # and explains nothing
+    assert torch.isnan(dcka(2 * x + 1, torch.rand(10, 3), x))  # of the inputs themselves nothing is left
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def deconfound(kernel: Tensor, confounder: Tensor, positive: bool = False) -> Te
     """Residual ``K - b0 - b1 K0`` of the regression of K's entries on those of the confounder's kernel ``K0``.
 
     Cui et al. 2022: what two samples' representations share only because the inputs are alike is taken out. The two
-    coefficients are those of ordinary least squares over all n^2 entries.
+    coefficients are those of ordinary least squares over all n^2 entries. Zero where the confounder explains it all.
 
     Args:
         kernel: ``[n, n]``; confounder: ``[n, n]``, of the inputs or of an embedding of them.
@@ -99,6 +99,8 @@ def deconfound(kernel: Tensor, confounder: Tensor, positive: bool = False) -> Te
     """
     intercept, slope = _regress(kernel, confounder)
     rest = kernel - intercept - slope * confounder
+    if float(rest.norm()) <= 1e-10 * float(kernel.norm()):  # rounding is no representation
+        return torch.zeros_like(rest)
     if positive:
         values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
         rest = (vectors * values.clamp_min(0)) @ vectors.T
