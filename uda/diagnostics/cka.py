@@ -99,7 +99,7 @@ def deconfound(kernel: Tensor, confounder: Tensor, positive: bool = False) -> Te
     """
     intercept, slope = _regress(kernel, confounder)
     rest = kernel - intercept - slope * confounder
-    if float(rest.norm()) <= 1e-10 * float(kernel.norm()):  # rounding is no representation
+    if float(rest.norm()) <= 1e-6 * float(kernel.norm()):  # rounding is no representation
         return torch.zeros_like(rest)
     if positive:
         values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
