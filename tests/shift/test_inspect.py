@@ -122,6 +122,20 @@ def test_rendered_to_handwritten_digits_are_covariate_shift(tmp_path, capsys):
     assert "uda inspect: telling the domains apart" in said.err
 
 
+@pytest.mark.slow
+def test_both_kinds_at_once_are_told_from_one():
+    from uda.data.rendered import handwritten_digits, render_digits
+
+    xs, ys = render_digits(3000)
+    xt, yt = (np.asarray(a) for a in handwritten_digits())
+    keep = np.random.default_rng(1).random(len(yt)) < np.linspace(1.0, 0.05, 10)[yt]
+    rows = (xs.reshape(3000, -1), ys), (np.float32(xt.reshape(len(yt), -1)[keep]), yt[keep])
+    found = checked(inspect_shift(task(*rows)))
+    assert found["verdict"]["setting"] == "both"
+    assert found["verdict"]["adapt"] == "caution"
+    assert not {"DANN", "DAN", "DeepCORAL"} & set(found["methods"])
+
+
 def test_absent_classes_are_suspected(halves):
     (xs, ys), (xt, yt) = halves
     found = checked(inspect_shift(task((xs, ys), (xt[yt < 5], yt[yt < 5])), **FAST))
@@ -305,11 +319,31 @@ def test_little_to_gain_is_said(figures):
 def test_label_shift_beside_another_one_needs_more_than_lost_accuracy_explains(figures):
     accuracy = figures["classifier"]["accuracy"]
     far = {"total_variation": 0.4, "classes_apart": [0, 1]}
+    figures = changed(figures, prior={"disagreement": 0.05})
+    for test in ("linear", "trees"):
+        figures["matched"][test] |= {"pad": 1.5, "p_value": 0.0}
     none_lost = {"accuracy_atc": accuracy, "accuracy_doc": accuracy}
     half_lost = {"accuracy_atc": accuracy / 2, "accuracy_doc": accuracy / 2}
     for target, kind in ((none_lost, "both"), (half_lost, "covariate")):
         one = changed(figures, classifier={"target": target}, prior={"bbse": far, "mlls": far})
         assert advice.advise(one)["verdict"]["setting"] == kind
+    one = changed(figures, classifier={"target": none_lost}, prior={"bbse": far, "mlls": far})
+    one["matched"]["trees"]["pad"] = 1.9
+    assert "hardly overlap (proxy A-distance 1.90)" in texts(advice.advise(one), "advice", "looks like")
+    one = changed(figures, classifier={"target": none_lost}, prior={"bbse": far, "mlls": far, "disagreement": 0.3})
+    assert "the two estimates of the class shares differ by 0.30" in texts(advice.advise(one), "warning", "caution")
+
+
+def test_label_shift_alone_needs_rows_enough_to_test(figures):
+    far = {"total_variation": 0.4, "classes_apart": [0, 1]}
+    one = changed(figures, prior={"bbse": far, "mlls": far, "disagreement": 0.05})
+    for test in ("linear", "trees", "mmd"):
+        one["matched"][test]["p_value"] = 0.5
+    one["matched"]["source_rows"] = 300
+    assert advice.advise(one)["verdict"]["setting"] == "label"
+    one["matched"]["source_rows"] = 24
+    assert advice.advise(one)["verdict"]["setting"] == "covariate"
+    assert "only 24 source rows fit" in texts(advice.advise(one), "advice", "looks like")
 
 
 def test_an_unknown_prior_is_said_with_its_reason(figures):
@@ -324,7 +358,8 @@ def test_methods_are_installed_ones_in_order():
                "CDAN": ("closed",), "Other": ("closed", "partial"), "OSBP": ("open",)}  # fmt: skip
     assert try_first("covariate", plugins) == ["CDAN", "Mdd", "MCC", "DANN"]
     assert try_first("covariate", plugins, several_sources=True) == ["MCC", "DANN"]
-    assert try_first("partial", plugins) == ["MCC", "Other"]
+    assert try_first("partial", plugins) == ["MCC"]
+    assert try_first("partial", {"Other": ("partial",), "DANN": ("closed",)}) == ["Other"]
     assert try_first("open", plugins) == ["OSBP"]
     assert try_first("none", plugins) == []
     for goal in ("label", "both", "partial", "open"):

@@ -36,10 +36,12 @@ def main(argv: list[str]) -> int:
     model, datamodule = built(rest, args.backbone)
     from uda.shift.inspect import inspect_shift
 
-    trained = loaded(args.checkpoint) if args.checkpoint else None
+    path = args.checkpoint or model._init_from or ""
+    trained = loaded(path) if path else None
+    model.backbone.to(device())
     options = {k: getattr(args, k) for k in ("max_samples", "held_out", "near", "seed", "permutations", "draws")}
     found = inspect_shift(
-        datamodule, model.backbone, model=trained, checkpoint=args.checkpoint or "", mode=args.features,
+        datamodule, model.backbone, model=trained, checkpoint=path, mode=args.features,
         progress=tell, **options,
     )  # fmt: skip
     if args.json:
@@ -133,8 +135,6 @@ def loaded(path: str) -> Any:
     Raises:
         UDAError: no checkpoint of a :class:`uda.UDA`.
     """
-    import torch
-
     from uda.module import UDA
 
     try:
@@ -143,7 +143,14 @@ def loaded(path: str) -> Any:
         raise
     except Exception as error:
         raise UDAError(f"--checkpoint {path!r} cannot be loaded as a model: {type(error).__name__}: {error}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(device()).eval()
+
+
+def device() -> str:
+    """Where features are computed."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def show(found: dict[str, Any]) -> None:
@@ -156,7 +163,8 @@ def show(found: dict[str, Any]) -> None:
     if not console.is_terminal:
         console = Console(width=120)
     target = found["data"]["target"]["name"]
-    table = Table("about", "figures", title=f"{', '.join(found['data']['sources'])} -> {target}", show_lines=True)
+    title = f"{', '.join(found['data']['sources'])} -> {target}"
+    table = Table("about", "figures", title=title, show_lines=console.is_terminal)
     table.columns[0].no_wrap = True
     for one in found["statements"]:
         style = STYLES[one["level"]]

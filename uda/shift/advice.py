@@ -16,6 +16,12 @@ ALPHA = 0.01
 LABEL_SHIFT = 0.05
 #: The same where inputs moved too: an error of the classifier moves the estimates about as far as accuracy fell.
 LABEL_SHIFT_BESIDE, PER_LOST_ACCURACY = 0.2, 1.5
+#: Estimates that differ by more than this, and by more than half of their distance, are not believed.
+AGREEMENT = 0.1
+#: Nor are they where a domain classifier reaches this proxy A-distance: without common ground all is extrapolated.
+NO_OVERLAP = 1.8
+#: Source rows with the estimated class shares below which a test that finds nothing says nothing.
+ENOUGH_ROWS = 100
 #: Distance of class priors from which alignment of the marginals is warned of.
 FAR_PRIOR = 0.1
 #: Estimated accuracy within this of chance: pseudo-labels are noise.
@@ -64,18 +70,51 @@ def label_shift_needed(found: dict[str, Any]) -> float:
     return LABEL_SHIFT_BESIDE + PER_LOST_ACCURACY * lost
 
 
+def overlap(found: dict[str, Any]) -> float:
+    """The larger proxy A-distance of the two domain classifiers, with matched class shares where there are such."""
+    matched = found.get("matched", {"known": False})
+    tests = matched if matched["known"] else found["shift"]
+    return max(tests["linear"]["pad"], tests["trees"]["pad"])
+
+
+def against_label_shift(found: dict[str, Any], alone: bool = False) -> str | None:
+    """Why label shift is not named, with its figure; None where nothing speaks against it.
+
+    Args:
+        alone: whether it would explain everything (the tests find nothing with matched class shares).
+    """
+    prior, distance = found["prior"], prior_distance(found)
+    if distance is None:
+        return prior["why"]
+    rows = found.get("matched", {"source_rows": 0})["source_rows"]
+    least = LABEL_SHIFT if alone else label_shift_needed(found)
+    if distance < least:
+        return f"the estimated class shares are {distance:.2f} away, and errors alone may explain up to {least:.2f}"
+    if prior["disagreement"] > max(AGREEMENT, distance / 2):
+        return f"the two estimates of the class shares differ by {prior['disagreement']:.2f}"
+    if alone and rows < ENOUGH_ROWS:
+        return f"only {rows} source rows fit the estimated class shares, too few to test"
+    if not alone and overlap(found) >= NO_OVERLAP:
+        return f"the domains hardly overlap (proxy A-distance {overlap(found):.2f}), so that any estimate is a guess"
+    if not all(prior[k]["classes_apart"] for k in (["mlls"] if alone else ["mlls", "bbse"])):
+        return f"at a distance of {distance:.2f} no class leaves its interval"
+    return None
+
+
 def kind_of_shift(found: dict[str, Any]) -> str:
     """``none``, ``covariate``, ``label`` or ``both``."""
     if not shifted(found["shift"]):
         return "none"
-    distance, matched = prior_distance(found), found.get("matched", {"known": False})
-    if distance is None:
+    alone = label_shift_alone(found)
+    if against_label_shift(found, alone) is not None:
         return "covariate"
-    prior = found["prior"]
-    apart = all(prior[k]["classes_apart"] for k in ("bbse", "mlls"))
-    if matched["known"] and not shifted(matched):
-        return "label" if prior["mlls"]["classes_apart"] and distance >= LABEL_SHIFT else "covariate"
-    return "both" if apart and distance >= label_shift_needed(found) else "covariate"
+    return "label" if alone else "both"
+
+
+def label_shift_alone(found: dict[str, Any]) -> bool:
+    """Whether the tests find nothing once the source's classes have the estimated shares."""
+    matched = found.get("matched", {"known": False})
+    return matched["known"] and not shifted(matched)
 
 
 def absent_classes(found: dict[str, Any], kind: str) -> list[str]:
@@ -155,9 +194,9 @@ def reasons_not_to_adapt(found: dict[str, Any], kind: str) -> list[dict[str, Any
             "Correct the prior first, or use a method that weighs classes.")})  # fmt: skip
     elif kind == "covariate" and distance is not None and distance >= LABEL_SHIFT_BESIDE:
         out.append({"stop": False, "text": (
-            f"The estimated class priors are {distance:.2f} (total variation) from the source's. That may be label "
-            f"shift, or errors of the classifier under this shift (it is named from {label_shift_needed(found):.2f} "
-            "on). If the classes may have other shares, do not align the marginal distributions alone.")})  # fmt: skip
+            f"The estimated class shares are {distance:.2f} (total variation) from the source's, and not believed: "
+            f"{against_label_shift(found, label_shift_alone(found))}. If the target's classes may have other shares, "
+            "do not align the marginal distributions alone.")})  # fmt: skip
     if kind != "none" and estimate >= accuracy - LITTLE:
         out.append({"stop": False, "text": (
             f"Little to gain: accuracy on the target is estimated at {estimate:.1%}, on held-out source rows it is "

@@ -170,8 +170,10 @@ def _classify(
     model.fit((source.features[fit] - mean) / scale, source.y[fit])
     out = []
     for x in (source.features[held], target.features):
-        logits = np.full((len(x), c), -30.0)  # a class without a row to learn from is never predicted
-        logits[:, classes] = model.predict_log_proba((x - mean) / scale).clip(-30.0)
+        score = model.decision_function((x - mean) / scale)
+        score = np.stack((np.zeros(len(x)), score), axis=1) if score.ndim == 1 else score
+        logits = np.full((len(x), c), score.min() - 30.0)  # a class without a row to learn from is never predicted
+        logits[:, classes] = score
         out.append(logits)
     return fit, held, (out[0], out[1])
 

@@ -16,7 +16,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "partial": ("PPOT", "BA3US", "PADA", "JUMBOT", "MCC"),
     "open": ("OVANet", "UniOT", "DANCE", "OSBP", "CMU", "UAN"),
 }
-#: Settings (``Plugin.settings``) whose methods may fill the list up.
+#: Settings (``Plugin.settings``) whose methods serve where none of these is installed.
 SETTINGS: dict[str, tuple[str, ...]] = {"partial": ("partial",), "open": ("open", "universal")}
 MOST = 4
 
@@ -43,8 +43,9 @@ def try_first(goal: str, plugins: dict[str, tuple[str, ...]], several_sources: b
         plugins = fit or plugins
     by_key = {_key(name): name for name in plugins}
     out = [by_key[_key(name)] for name in ORDER[goal] if _key(name) in by_key]
-    wanted = set(SETTINGS.get(goal, ()))
-    out += [n for n in sorted(plugins) if n not in out and wanted & set(plugins[n])]
+    if not out:
+        wanted = set(SETTINGS.get(goal, ()))
+        out = [n for n in sorted(plugins) if wanted & set(plugins[n])]
     return out[:MOST]
 
 

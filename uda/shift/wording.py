@@ -184,20 +184,20 @@ def advice(found: dict[str, Any], verdict: dict[str, Any], methods: list[str], g
 
 
 def _because(found: dict[str, Any], kind: str, name: str, smallest: float) -> str:
+    from uda.shift.advice import against_label_shift, label_shift_alone
+
     tests = {"linear": "linear domain classifier", "trees": "trees", "mmd": "MMD", "outputs": "classifier outputs"}
     if kind == "none":
         return f"none of the tests finds one (smallest {_p(smallest)}, {tests[name]})."
     text = f"the domains differ ({tests[name]}, {_p(smallest)})"
     if not found["prior"]["known"]:
         return f"{text}; whether classes have other shares is not known."
-    distance = found["prior"]["mlls"]["total_variation"]
+    distance, alone = found["prior"]["mlls"]["total_variation"], label_shift_alone(found)
     if kind == "label":
         return f"{text}, and no longer once classes have the estimated shares (distance {distance:.2f})."
-    matched = found.get("matched", {"known": False})
-    if not matched["known"]:
-        return f"{text}; prior distance {distance:.2f}, not tested with matched shares."
-    smallest = min(matched[k]["p_value"] for k in ("linear", "trees", "mmd"))
-    still = f"and still with matched class shares ({_p(smallest)})"
+    if found["matched"]["known"]:
+        smallest = min(found["matched"][k]["p_value"] for k in ("linear", "trees", "mmd"))
+        text += f", {'not' if alone else 'and still'} with matched class shares ({_p(smallest)})"
     if kind == "both":
-        return f"{text}, {still}; the estimated shares are {distance:.2f} away, too far for errors alone."
-    return f"{text}, {still}; the estimated class shares are {distance:.2f} away, which errors may explain."
+        return f"{text}; the estimated shares are {distance:.2f} away, too far for errors alone."
+    return f"{text}; label shift is not named: {against_label_shift(found, alone)}."
