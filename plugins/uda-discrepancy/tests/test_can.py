@@ -175,8 +175,23 @@ def test_refresh_keeps_near_samples_of_full_classes():
     torch.testing.assert_close(plugin.shares, torch.tensor([0.8, 0.0]))
 
 
+def test_warm_up_is_zero_with_a_graph():
+    plugin = CAN(warmup=0.5, domain_batchnorm=False)
+    plugin.build(fake_model(4))
+    plugin.labels.copy_(torch.tensor([0, 0, 1, 1]))
+    source = {"features": torch.randn(4, F), "logits": torch.randn(4, 3), "y": torch.tensor([0, 0, 1, 1])}
+    leaves = [torch.randn(4, F, requires_grad=True), torch.randn(4, 3, requires_grad=True)]
+    target = SimpleNamespace(features=leaves[0], logits=leaves[1], index=torch.arange(4))
+    for progress, live in ((0.49, False), (0.5, True)):
+        step = SimpleNamespace(pooled=source.__getitem__, target=target, model=fake_model(4), progress=progress)
+        found = plugin.align_features(step)
+        assert sorted(found) == ["cdd_features", "cdd_probs"]
+        for grad in torch.autograd.grad(sum(found.values()), leaves):
+            assert (float(grad.abs().max()) > 0) == live
+
+
 def test_bad_arguments_are_refused():
-    for wrong in ({"max_distance": 0.0}, {"min_samples": 0}, {"kernels": 0}):
+    for wrong in ({"max_distance": 0.0}, {"min_samples": 0}, {"warmup": 1.0}, {"kernels": 0}):
         with pytest.raises(uda.UDAError, match="CAN: "):
             CAN(**wrong)
 

@@ -86,6 +86,9 @@ class CAN(KernelDiscrepancy):
         max_distance: farthest sample, in ``(1 - cos) / 2``, that keeps its pseudo-label (1: all).
         min_samples: fewest such samples of a class that takes part.
         tolerance, iterations: when k-means stops.
+        warmup: share of the run before the objective sets in. Published runs start at once, from a pretrained network
+            whose clusters are classes already; behind layers that start at random the first clusters mean little,
+            and confirm themselves.
         domain_batchnorm: a BatchNorm for each domain in backbone and bottleneck; needs ``model.forward_mode:
             separate``.
         others: as in :class:`~uda_discrepancy.base.KernelDiscrepancy`.
@@ -105,6 +108,7 @@ class CAN(KernelDiscrepancy):
         min_samples: int = 3,
         tolerance: float = 0.005,
         iterations: int = 100,
+        warmup: float = 0.0,
         domain_batchnorm: bool = True,
         kernels: int = 5,
         factor: float = 2.0,
@@ -112,10 +116,13 @@ class CAN(KernelDiscrepancy):
     ) -> None:
         super().__init__(weight, kernels, factor, ramp)
         check_choice("layers of CAN", layers, LAYERS)
-        if not 0 < max_distance <= 1 or min_samples < 1 or iterations < 1:
-            raise uda.UDAError("CAN: max_distance must be in (0, 1], min_samples and iterations 1 or more.")
+        if not 0 < max_distance <= 1 or not 0 <= warmup < 1 or min_samples < 1 or iterations < 1:
+            raise uda.UDAError(
+                "CAN: max_distance must be in (0, 1], warmup in [0, 1), min_samples and iterations 1 or more."
+            )
         self.layers, self.max_distance, self.min_samples = layers, max_distance, min_samples
-        self.tolerance, self.iterations, self.domain_batchnorm = tolerance, iterations, domain_batchnorm
+        self.tolerance, self.iterations, self.warmup = tolerance, iterations, warmup
+        self.domain_batchnorm = domain_batchnorm
 
     @uda.hookimpl
     def data_needs(self) -> uda.DataNeeds:
@@ -154,6 +161,8 @@ class CAN(KernelDiscrepancy):
             "probs": lambda: (full(step.pooled("logits")).softmax(1), full(step.target.logits).softmax(1)),
         }
         names = ("features", "probs") if self.layers == "both" else (self.layers,)
+        if step.progress < self.warmup:
+            pseudo = torch.full_like(pseudo, -1)  # the objective is zero, with a graph: all layers take part
         self.log_later(kept=self.shares[0].clone, moved=self.shares[1].clone)
         found = {}
         for name in names:
