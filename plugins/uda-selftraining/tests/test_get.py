@@ -201,6 +201,21 @@ def test_logits_as_posterior():
     assert torch.autograd.grad(one["classifier"], model.head.bias)[0].abs().max() > 0
 
 
+def test_prediction_by_the_generative_classifier():
+    """With the prior, on the target only."""
+    model = fake_model()
+    plugin = built(model, predict_by="generative", temperature=0.5)
+    plugin.prior.copy_(torch.tensor([0.7, 0.2, 0.1]))
+    features = batch()
+    target = SimpleNamespace(features=features, logits=model.head(features), role="target")
+    found = plugin.predict(model, target)
+    expected = posteriors(features.tolist(), model.head.weight.tolist(), [0.7, 0.2, 0.1], 0.5)
+    assert found.label.tolist() == [row.index(max(row)) for row in expected]
+    torch.testing.assert_close(found.score.tolist(), [max(row) for row in expected], rtol=1e-4, atol=1e-6)
+    assert plugin.predict(model, SimpleNamespace(**{**vars(target), "role": "source"})) is None
+    assert built(model).predict(model, target) is None
+
+
 def test_mass_of_the_domain():
     """Equation 6 over the latest posterior of every sample that was seen, the current ones included."""
     model = fake_model(size=8)
@@ -215,7 +230,7 @@ def test_mass_of_the_domain():
         mass = [sum(row[c] for row in latest.values()) for c in range(CLASSES)]
         bank = posteriors(features.tolist(), plugin.prototypes.tolist(), [1 / 3] * 3, 1.0)
         labels = labels_of(probs, [row.index(max(row)) for row in bank], 0.2, mass)
-        assert float(got) == pytest.approx(cross_entropy(labels, probs), rel=1e-4)
+        assert got.item() == pytest.approx(cross_entropy(labels, probs), rel=1e-4)
         plugin.after_step(step)
     with pytest.raises(uda.UDAError, match="size of the target"):
         built(SimpleNamespace(**{**vars(fake_model()), "sizes": {}}), mass="domain")
@@ -340,7 +355,10 @@ def test_bad_arguments_are_refused(options, text):
         GeT(**options)
 
 
-@pytest.mark.parametrize("init_args", [{}, {"mass": "domain", "posterior": "logits", "temperature": 0.1}])
+OPTIONS = {"mass": "domain", "posterior": "logits", "temperature": 0.1, "predict_by": "generative"}
+
+
+@pytest.mark.parametrize("init_args", [{}, OPTIONS])
 def test_plugin(init_args):
     report = check_plugin(GeT, init_args=init_args, ddp=False)
     assert report.objectives == ["classifier", "embedding"]

@@ -17,6 +17,7 @@ from uda.nn import ramp as ramp_factor
 HEADS = ("g", "f")  # the classifier's posterior and that of the learnable prototypes
 CHOICES = {
     "posterior": ("cosine", "logits"),
+    "predict_by": ("classifier", "generative"),
     "prior_estimate": ("posterior", "cosine"),
     "absent": ("skip", "shrink"),
     "mass": ("batch", "domain"),
@@ -90,6 +91,7 @@ class GeT(uda.Plugin):
             the whole target, from the latest posterior of each sample.
         posterior: the trained posterior P_g: ``cosine`` as in equation 2, on the classifier's weights without bias;
             ``logits``, ``softmax(log pi + z)`` of the ordinary logits z (with ``prior_rate`` 0 the plain softmax).
+        predict_by: who predicts: ``classifier`` is the ordinary one; ``generative`` is P_g, with the class prior.
         ramp: growth of the weight over the run's progress: ``none`` (the paper), ``linear`` (the code that it
             builds on), ``warm_start``.
     """
@@ -115,6 +117,7 @@ class GeT(uda.Plugin):
         absent: str = "skip",
         mass: str = "batch",
         posterior: str = "cosine",
+        predict_by: str = "classifier",
         ramp: str = "none",
     ) -> None:
         super().__init__()
@@ -130,6 +133,7 @@ class GeT(uda.Plugin):
         self.weight, self.embedding_weight, self.temperature, self.ramp = weight, embedding_weight, temperature, ramp
         self.label_mix, self.prior_rate, self.prototype_rate = label_mix, prior_rate, prototype_rate
         self.prior_estimate, self.absent, self.mass, self.posterior = prior_estimate, absent, mass, posterior
+        self.predict_by = predict_by
         self.embedding: nn.Parameter | None = None
         self.seen: Bank | None = None
 
@@ -220,6 +224,14 @@ class GeT(uda.Plugin):
         )
         if self.seen is not None:
             self.seen.write(target.index, **probs)
+
+    @uda.hookimpl
+    def predict(self, model: uda.UDA, batch: uda.DomainBatch) -> uda.Prediction | None:
+        """P_g of a target batch, if that is wanted; a source keeps its own class shares."""
+        if self.predict_by == "classifier" or batch.role == "source":
+            return None
+        score, label = self.log_posteriors(model, batch.features, batch.logits)["g"].softmax(1).max(1)
+        return uda.Prediction(label, score)
 
 
 def running_optimizers(model: uda.UDA) -> list[torch.optim.Optimizer]:
