@@ -225,3 +225,95 @@ def test_adversarial_and_classification_losses_under_autocast(logits, soft):
     full = logits.bfloat16().float()
     assert torch.equal(adversarial, losses.domain_adversarial_loss(full[:, 0], full[:, 1]))
     assert torch.equal(classification, losses.classification_loss(full, soft.float()))
+
+
+def _loop_mmd(s, t, ws, wt, multiples, b):
+    """Squared MMD of weighted means, one pair of samples at a time."""
+
+    def k(x, y):
+        square = sum((a - c) ** 2 for a, c in zip(x, y, strict=True))
+        return sum(math.exp(-square / (b * m)) for m in multiples)
+
+    ws, wt = [w / sum(ws) for w in ws], [w / sum(wt) for w in wt]
+    value = 0.0
+    for x, u in ((s, ws), (t, wt)):
+        value += sum(u[i] * u[j] * k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)))
+    return value - 2 * sum(ws[i] * wt[j] * k(s[i], t[j]) for i in range(len(s)) for j in range(len(t)))
+
+
+def _mean_distance(rows):
+    n = len(rows)
+    return sum(sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) for x in rows for y in rows) / (n * n - n)
+
+
+@pytest.fixture
+def domains() -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(2)
+    kinds = {"dtype": torch.float64, "generator": g}
+    return torch.randn(B, F, **kinds) + 3, 0.5 * torch.randn(B - 2, F, **kinds) + 3.5
+
+
+def test_mmd_against_loops(domains):
+    s, t = (x.tolist() for x in domains)
+    b = _mean_distance(s + t)
+    five = [0.25, 0.5, 1.0, 2.0, 4.0]
+    expected = _loop_mmd(s, t, [1] * B, [1] * (B - 2), five, b)
+    assert losses.multi_kernel_mmd(*domains).item() == pytest.approx(expected, rel=1e-9)
+    expected = _loop_mmd(s, t, [1] * B, [1] * (B - 2), [1.0], 1.68)
+    assert losses.multi_kernel_mmd(*domains, kernels=1, bandwidth=1.68).item() == pytest.approx(expected, rel=1e-9)
+    expected = _loop_mmd(s, t, [1] * B, [1] * (B - 2), [1 / 3, 1.0, 3.0], 2.0)
+    assert losses.multi_kernel_mmd(*domains, kernels=3, factor=3.0, bandwidth=2.0).item() == pytest.approx(expected)
+
+
+def test_mmd_of_weighted_pairs(domains):
+    """K weighted pairs share the kernel; one with an empty side is zero."""
+    s, t = (x.tolist() for x in domains)
+    ws = torch.rand(3, B, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    wt = (torch.rand(3, B - 2, generator=torch.Generator().manual_seed(4)) > 0.4).double()
+    ws[2] = 0
+    got = losses.multi_kernel_mmd(*domains, source_weight=ws, target_weight=wt)
+    five, b = [0.25, 0.5, 1.0, 2.0, 4.0], _mean_distance(s + t)
+    expected = [_loop_mmd(s, t, ws[i].tolist(), wt[i].tolist(), five, b) for i in range(2)]
+    assert got.tolist() == pytest.approx([*expected, 0.0], rel=1e-9, abs=1e-12)
+    one = losses.multi_kernel_mmd(*domains, source_weight=ws[0])
+    assert one.item() == pytest.approx(_loop_mmd(s, t, ws[0].tolist(), [1] * (B - 2), five, b), rel=1e-9)
+
+
+def test_circular_mmd(domains):
+    """Neighbours in a circle, of equally many rows."""
+    s, t = domains[0][: B - 2], domains[1]
+    n = len(t)
+
+    def k(x, y):
+        return math.exp(-float((x - y).square().sum()) / 2.0)
+
+    expected = 0.0
+    for i in range(n):
+        j = (i + 1) % n
+        expected += (k(s[i], s[j]) + k(t[i], t[j]) - k(s[i], t[j]) - k(s[j], t[i])) / n
+    got = losses.multi_kernel_mmd(s, t, kernels=1, bandwidth=2.0, estimator="circular")
+    assert got.item() == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(UDAError, match="estimator"):
+        losses.multi_kernel_mmd(s, t, estimator="circular", source_weight=torch.ones(n))
+
+
+def test_mmd_gradient_takes_the_bandwidth_as_constant(domains):
+    s, t = domains[0], domains[1].clone().requires_grad_()
+    (got,) = torch.autograd.grad(losses.multi_kernel_mmd(s, t), [t])
+    b = _mean_distance(s.tolist() + t.tolist())
+    (expected,) = torch.autograd.grad(losses.multi_kernel_mmd(s, t, bandwidth=b), [t])
+    torch.testing.assert_close(got, expected)
+    values = []
+    for step in (1e-5, -1e-5):
+        moved = t.detach().clone()
+        moved[1, 2] += step
+        values.append(_loop_mmd(s.tolist(), moved.tolist(), [1] * B, [1] * (B - 2), [0.25, 0.5, 1, 2, 4], b))
+    assert got[1, 2].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+
+
+def test_mmd_of_equal_samples_is_zero_with_a_finite_gradient():
+    x = torch.ones(4, 3, requires_grad=True)
+    value = losses.multi_kernel_mmd(x, x.detach())
+    value.backward()
+    assert value.item() == pytest.approx(0.0, abs=1e-6)
+    assert x.grad.isfinite().all()

@@ -185,3 +185,56 @@ def minimum_class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
         confusion = p.T @ (p * weight[:, None])
         confusion = confusion / confusion.sum(1, keepdim=True).clamp_min(1e-12)
         return (confusion.sum() - confusion.trace()) / p.shape[1]
+
+
+def multi_kernel_mmd(
+    source: Tensor,
+    target: Tensor,
+    kernels: int = 5,
+    factor: float = 2.0,
+    bandwidth: float | None = None,
+    estimator: Literal["biased", "circular"] = "biased",
+    source_weight: Tensor | None = None,
+    target_weight: Tensor | None = None,
+) -> Tensor:
+    """Squared maximum mean discrepancy under a sum of Gaussian kernels (Gretton et al., 2012; Long et al., 2015).
+
+    ``k(x, y) = sum_a exp(-|x - y|^2 / (b factor^a))`` for ``kernels`` values of a around 0: -2 ... 2 for five.
+
+    Args:
+        source: ``[Bs, F]``; target: ``[Bt, F]``.
+        bandwidth: b; None is the mean squared distance of all pairs of both, a constant of the step.
+        estimator: ``"biased"``: ``mean k_ss + mean k_tt - 2 mean k_st``, never negative. ``"circular"``: the mean over
+            neighbours i, i + 1 of ``k(s_i, s_i+1) + k(t_i, t_i+1) - k(s_i, t_i+1) - k(s_i+1, t_i)``, as many
+            re-implementations have it; of the larger domain it takes rows spread evenly.
+        source_weight: non-negative weights ``[Bs]`` of the samples in the means, or ``[K, Bs]`` for K weighted pairs
+            over the same samples; target_weight: ``[Bt]`` or ``[K, Bt]``. A pair with a side that weighs nothing is 0.
+
+    Returns:
+        A scalar, or ``[K]`` where the weights have K rows.
+    """
+    weighted = source_weight is not None or target_weight is not None
+    if estimator not in ("biased", "circular") or (weighted and estimator == "circular"):
+        raise UDAError(f"No estimator {estimator!r} of the MMD: use 'biased', or without weights 'circular'.")
+    n, m = len(source), len(target)
+    with no_autocast(source):
+        x = torch.cat([full(source), full(target)])
+        x = x - x.mean(0).detach()  # distances stay, and less cancels in the difference below
+        norm = x.square().sum(1)
+        distance = (norm[:, None] + norm - 2 * x @ x.T).clamp_min(0)
+        if bandwidth is None:  # the bound is for samples that all coincide
+            bandwidth = (distance.detach().sum() / (len(x) * (len(x) - 1))).clamp_min(1e-12)
+        scales = [factor ** (a - kernels // 2) for a in range(kernels)]
+        kernel = sum(torch.exp(-distance / (bandwidth * a)) for a in scales)
+        if estimator == "circular":
+            count = torch.arange(min(n, m), device=x.device)
+            s, t = count * n // len(count), n + count * m // len(count)
+            s2, t2 = s.roll(-1), t.roll(-1)
+            return (kernel[s, s2] + kernel[t, t2] - kernel[s, t2] - kernel[s2, t]).mean()
+        ws = x.new_ones(n) if source_weight is None else source_weight.to(x)
+        wt = x.new_ones(m) if target_weight is None else target_weight.to(x)
+        pairs = torch.broadcast_shapes(ws.shape[:-1], wt.shape[:-1])
+        mass_s, mass_t = ws.sum(-1, keepdim=True), wt.sum(-1, keepdim=True)
+        ws, wt = ws / mass_s.clamp_min(1e-12), wt / mass_t.clamp_min(1e-12)
+        w = torch.cat([ws.expand(*pairs, n), -wt.expand(*pairs, m)], dim=-1) * ((mass_s > 0) & (mass_t > 0))
+        return ((w @ kernel) * w).sum(-1)
