@@ -310,7 +310,7 @@ def test_options_of_the_objectives():
     for p in [*model.plugins["network"].feature_block.parameters(), *model.head.adaptation.parameters()]:
         nn.init.zeros_(p)
     got = model.plugins["network"].align_features(batch_of(model))
-    assert float(got["regulariser"].detach()) == pytest.approx(0.0, abs=1e-5)  # nothing is adapted, each class is itself
+    assert float(got["regulariser"].detach()) == pytest.approx(0.0, abs=1e-5)  # each class is itself
     with pytest.raises(uda.UDAError, match=r"unknown regulariser 'clas'.*'class'"):
         DCAN(regulariser="clas")
     with pytest.raises(uda.UDAError, match=r"unknown where 'stage'.*'stages'"):
