@@ -12,6 +12,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.yaml"))
+OVERLAYS = sorted(p.name for p in (ROOT / "configs" / "methods").glob("*.yaml"))
 CLASSES = {"office_home": 65, "pacs": 7}
 
 
@@ -114,3 +115,39 @@ def test_config_says_how_it_is_run(name):
     text = (ROOT / "configs" / name).read_text()
     assert f"uda fit --config configs/{name}" in text
     assert name in (ROOT / "configs" / "README.md").read_text(), f"configs/README.md does not list {name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_method_runs_on_digits(name, tmp_path, monkeypatch):
+    from uda.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    code = main([
+        "fit", "--config", str(ROOT / "configs" / "digits_source_only.yaml"),
+        "--config", str(ROOT / "configs" / "methods" / name), "--data.epoch_steps=2", "--trainer.max_epochs=1",
+        "--trainer.enable_progress_bar=false", "--run_dir", str(tmp_path / "run"),
+    ])  # fmt: skip
+    assert code == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2
+    wanted = yaml.safe_load((ROOT / "configs" / "methods" / name).read_text())["model"]["plugins"]
+    assert set(summary["config"]["model"]["plugins"]) == set(wanted)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_method_says_how_it_is_run(name):
+    text = (ROOT / "configs" / "methods" / name).read_text()
+    assert f"uda fit --config configs/digits_source_only.yaml --config configs/methods/{name}" in text
+    assert f"`{name.removesuffix('.yaml')}`" in (ROOT / "configs" / "README.md").read_text()
+
+
+def test_every_plugin_has_a_method_config():
+    from uda.discovery import registry
+
+    used = set()
+    for name in OVERLAYS:
+        plugins = yaml.safe_load((ROOT / "configs" / "methods" / name).read_text())["model"]["plugins"]
+        used |= {registry().get(p["class_path"]) for p in plugins.values()}
+    first_party = {f.cls for f in registry().plugins.values() if f.distribution.startswith("uda-")}
+    assert first_party <= used
