@@ -121,7 +121,20 @@ def test_rank_correlation_of_scores():
     ]
     rows += [record("m", "u", i, 0.1 * i, score=-i, selected=0.1 * i + 0.01) for i in range(4)]
     table = tables.scores_table(tables.frame(rows))
-    assert table.rows == [["im", "-0.20", "-1.00", "+0.60", "+0.50"]]
+    assert table.rows[0][:4] == ["im", "-0.20", "-1.00", "+0.60"]
+
+
+def test_accuracy_lost_by_selecting_with_a_score():
+    rows = [
+        record("m", "t", 0, 0.50, selected=0.52, oracle=0.56, score=1.0),
+        record("n", "t", 0, 0.60, selected=0.60, oracle=0.61, score=3.0),  # taken, and the best
+        record("m", "t", 1, 0.58, selected=0.50, oracle=0.60, score=2.0),  # taken, 4 points below n
+        record("n", "t", 1, 0.62, selected=0.62, oracle=0.62, score=1.0),
+    ]
+    table = tables.scores_table(tables.frame(rows))
+    # epochs: (4 + 1 + 10 + 0) / 4; methods: (0 + 4) / 2; no score: (6 + 1 + 2 + 0) / 4 and (10 + 0 + 4 + 0) / 4
+    assert table.rows[0][4:] == ["3.75", "2.00"]
+    assert table.rows[1] == ["no score", "", "", "", "2.25", "3.50"]
 
 
 def test_class_means_and_runs_without_target_labels(records):
