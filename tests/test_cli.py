@@ -76,7 +76,7 @@ def test_a_user_error_is_found_behind_others(capsys: pytest.CaptureFixture) -> N
         (["tiny.yaml"], ["--config tiny.yaml"]),
         (["--config", "tiny.yaml", "--model.plugins.align.wieght=1"], ["DANN", "'wieght'", "'weight'"]),
         (["--config", "tiny.yaml", "--model.plugins.aling.weight=1"], ["'aling'", "'align'"]),
-        (["--config", "tiny.yaml", "--model.plugins.align=DAN"], ["'DAN'", "'DANN'"]),
+        (["--config", "tiny.yaml", "--model.plugins.align=DANNN"], ["'DANNN'", "'DANN'"]),
         (["--config", "tiny.yaml", "--model.botleneck=1"], ["'botleneck'", "'bottleneck'"]),
         (["--config", "tiny.yaml", "--model.optimizer.lr=1"], ["model.optimizer", "Name one first"]),
         (["--config", "tiny.yaml", "--model.schedule.gama=1"], ["InverseDecay", "'gamma'"]),
@@ -117,7 +117,7 @@ def test_a_slip_gets_a_short_answer(
         ({"modle": {}}, ["tiny.yaml", "'modle'", "'model'"]),
         ({"batch_size": 3}, ["data.batch_size"]),
         (
-            {"model": {"backbone": "mlp", "plugins": {"a": {"class_path": "DAN"}}}},
+            {"model": {"backbone": "mlp", "plugins": {"a": {"class_path": "DANNN"}}}},
             ["tiny.yaml", "plugins.a", "'DANN'"],
         ),
         (
@@ -192,6 +192,31 @@ def test_overrides_reach_plugin_data_and_reader(here: Path) -> None:
     assert saved["data"]["reader"]["init_args"]["n"] == 48
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["source"], summary["target"], summary["seed"]) == (["target"], "source", 4)
+
+
+def test_plugins_of_several_configs_stand_side_by_side(here: Path, capsys: pytest.CaptureFixture) -> None:
+    """Another key is added, another class replaces, and the same class keeps the settings that it is not given."""
+    overlays = {
+        "add": {"refine": {"class_path": "MCC", "init_args": {"weight": 0.5, "temperature": 3.0}}},
+        "replace": {"align": {"class_path": "CDAN"}},
+        "set": {"refine": {"class_path": "MCC", "init_args": {"weight": 0.1}}},
+    }
+    words = ["--config", "tiny.yaml"]
+    for name, plugins in overlays.items():
+        (here / f"{name}.yaml").write_text(yaml.safe_dump({"model": {"plugins": plugins}}))
+        words += ["--config", f"{name}.yaml"]
+    assert main(["fit", *words, "--model.plugins.refine.ramp=linear", "--print_config"]) == 0
+    plugins = yaml.safe_load(capsys.readouterr().out)["model"]["plugins"]
+    assert list(plugins) == ["align", "refine"]
+    assert plugins["align"]["class_path"].endswith("CDAN")
+    assert plugins["align"]["init_args"]["hidden"] == 1024
+    assert {k: plugins["refine"]["init_args"][k] for k in ("weight", "temperature", "ramp")} == {
+        "weight": 0.1, "temperature": 3.0, "ramp": "linear",
+    }  # fmt: skip
+    words = ["--config", "tiny.yaml", "--model.plugins.align.weight=9", "--config", "add.yaml"]
+    assert main(["fit", *words, "--print_config"]) == 0
+    plugins = yaml.safe_load(capsys.readouterr().out)["model"]["plugins"]
+    assert list(plugins) == ["align", "refine"]
 
 
 def test_a_parser_error_is_cut_to_key_and_reason() -> None:

@@ -185,7 +185,7 @@ def test_misspelt_hooks_and_arguments():
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"plugins": {"a.b": "DANN"}}, "key 'a.b'|Plugin key"),
         ({"plugins": {"items": "DANN"}}, "items"),
-        ({"plugins": {"a": "DAN"}}, "DANN"),
+        ({"plugins": {"a": "DANNN"}}, "DANN"),
         ({"plugins": {"a": {"class_path": "DANN", "init_args": {"wieght": 1}}}}, "no argument 'wieght'.*'weight'"),
         ({"plugins": {"a": 3}}, "got 3"),
         ({"manual_accumulate": 0}, "manual_accumulate"),

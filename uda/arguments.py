@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from uda import spelling
+from uda.bench.merge import merged
 from uda.errors import UDAError, nearest
 
 COMMON = ("config", "seed_everything", "run_dir", "ckpt_path", "weights_only")
@@ -45,6 +46,8 @@ class Arguments:
     def __init__(self, command: str, sections: dict[str, type], folder: Path) -> None:
         self.command, self.sections, self.folder = command, sections, folder
         self.configs: list[str] = []
+        self._files: list[dict[str, Any]] = []  # what was checked, as the parser will read it
+        self._overridden: set[tuple[str, str]] = set()  # settings that an option has changed so far
         self.merged: dict[str, Any] = {name: {} for name in sections}
 
     def prepare(self, argv: list[str]) -> list[str]:
@@ -94,11 +97,29 @@ class Arguments:
             if not isinstance(given, dict):
                 raise UDAError(f"{path}: {name} must be a mapping of settings, not {given!r}.")
             spelling.check_arguments(owner, given, f"{path}: {name}")
+            for key, hint in spelling.parameters(owner)[0].items():
+                if key in given and spelling._item(hint, dict) is not None and self.merged[name].get(key):
+                    given[key] = merged(self.merged[name][key], given[key])
+                    if (name, key) not in self._overridden:  # an override in between needs the class that it is for
+                        self._forget(name, key)
             self.merged[name].update(given)
         self.configs.append(path)
-        copy = self.folder / f"config{len(self.configs)}.yaml"
-        copy.write_text(yaml.safe_dump(config, sort_keys=False))
-        return str(copy)
+        self._files.append(config)
+        return str(self._write(len(self._files)))
+
+    def _forget(self, section: str, key: str) -> None:
+        """Take a setting out of the earlier files: a later one has it whole, and the parser must not join them again.
+
+        It would drop entries that the later file does not have, and keep settings of a class that was replaced.
+        """
+        for number, config in enumerate(self._files, start=1):
+            if isinstance(config.get(section), dict) and config[section].pop(key, None) is not None:
+                self._write(number)
+
+    def _write(self, number: int) -> Path:
+        copy = self.folder / f"config{number}.yaml"
+        copy.write_text(yaml.safe_dump(self._files[number - 1], sort_keys=False))
+        return copy
 
     def _elsewhere(self, key: str) -> str:
         for name, owner in self.sections.items():
@@ -120,6 +141,7 @@ class Arguments:
             return value
         if not rest:
             return value
+        self._overridden.add((head, rest[0]))
         return self._walk(self.sections[head], rest, self.merged[head], f"--{head}", value)
 
     def _walk(self, owner: type, parts: list[str], node: dict[str, Any], where: str, value: str) -> str:
