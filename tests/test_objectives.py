@@ -36,11 +36,11 @@ class Mixes(uda.Plugin):
         return {"classification": 3.0}
 
 
-def make_step():
+def make_step(plugin=None):
     torch.manual_seed(0)
     backbone = MLP([6], batch_norm=False)
     model = uda.UDA(
-        backbone, {"mixes": Mixes()}, bottleneck=5, bottleneck_norm="none", num_classes=3, input_shape=[4],
+        backbone, {"mixes": plugin or Mixes()}, bottleneck=5, bottleneck_norm="none", num_classes=3, input_shape=[4],
         source_names=["a"],
     )  # fmt: skip
     data = {
@@ -70,6 +70,26 @@ def test_a_second_pass_sees_the_prepared_batch_and_nothing_of_the_first():
     assert not third.objectives
     assert third.source.cache == {"mixes/note": "kept"}
     assert third.target.y is None
+
+
+class Gives(uda.Plugin):
+    """Puts constant features in the place of the source's."""
+
+    manual = True
+
+    @uda.hookimpl
+    def prepare_batch(self, step):
+        step.source.features = torch.ones(8, 5)
+        step.source.views["x"].set_logits(torch.zeros(8, 3))
+
+
+def test_features_that_were_given_are_given_again():
+    model, step = make_step(Gives())
+    assert step.objectives.keys() == {"classification"}
+    again = model.again(step)
+    assert torch.equal(again.source.features, torch.ones(8, 5))
+    assert torch.equal(again.source.logits, torch.zeros(8, 3))
+    assert again.target.features.requires_grad
 
 
 def test_a_second_pass_is_made_at_the_weights_of_now():

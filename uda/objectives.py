@@ -20,7 +20,7 @@ def prepare(model: UDA, step: Step) -> None:
     """Call ``prepare_batch``; a method that steps by hand may want the batch as it is now once more."""
     model.hooks.all("prepare_batch", step=step)
     if not model.automatic_optimization:
-        step.prepared = _caches(step)
+        step.prepared = _left(step)
 
 
 def collect(model: UDA, step: Step) -> None:
@@ -65,8 +65,14 @@ def again(step: Step) -> Step:
     data |= {r: inputs(getattr(step, r)) for r in ("target", "held_out") if getattr(step, r) is not None}
     fresh = Step(step.model, data, step.progress, step.batch_idx, step.index)
     if (prepared := getattr(step, "prepared", None)) is not None:
-        for mine, kept in zip(_owners(fresh), prepared, strict=True):
+        caches, given = prepared
+        for mine, kept in zip(_owners(fresh), caches, strict=True):
             mine.cache.update(kept)
+        for number, name, features, logits in given:
+            view = _owners(fresh)[number].views[name]
+            view.features = features
+            if logits is not None:
+                view.set_logits(logits)
         fresh.prepared = prepared
     return fresh
 
@@ -75,6 +81,15 @@ def _owners(step: Step) -> list[Any]:
     return [step, *step.sources.values(), *(b for b in (step.target, step.held_out) if b is not None)]
 
 
-def _caches(step: Step) -> list[dict[str, Any]]:
-    """What plugins left on the step and its batches for later hooks; intermediates of a forward come after it."""
-    return [dict(owner.cache) for owner in _owners(step)]
+def _left(step: Step) -> tuple[list[dict[str, Any]], list[tuple[int, str, Tensor, Tensor | None]]]:
+    """What plugins left on the step and its batches for later hooks: caches, and features that are constants.
+
+    Intermediates of a forward come after this, and features with a gradient belong to the weights of now.
+    """
+    given = [
+        (number, name, view._features, None if view._logits is None else view._logits.detach())
+        for number, owner in enumerate(_owners(step))
+        for name, view in getattr(owner, "views", {}).items()
+        if view.computed and not view._features.requires_grad
+    ]
+    return [dict(owner.cache) for owner in _owners(step)], given

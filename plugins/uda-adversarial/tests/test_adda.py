@@ -48,7 +48,8 @@ def second_stage(make_step, **options):
 
 def test_objectives_of_the_second_stage(make_step):
     plugin, step, source, target = second_stage(make_step, weight=0.4)
-    assert step.source is None
+    assert torch.equal(step.source.features, source)
+    assert not step.source.logits.requires_grad  # the classification trains nothing
     found = plugin.align_features(step)
     zs, zt = logits_of(plugin, source), logits_of(plugin, target.detach())
     assert float(found["discriminator"].detach()) == pytest.approx(0.5 * (bce(zs, 1) + bce(zt, 0)), rel=1e-5)
@@ -115,6 +116,7 @@ def test_two_stages_in_one_run():
     assert same(3, 7, "backbone.", frozen + "0.")
     assert same(3, 7, "bottleneck.", frozen + "1.")
     assert not same(3, 7, "backbone.")
+    assert same(4, 7, frozen)
     assert [bool(s["plugins.align.adapting"]) for s in states] == 4 * [False] + 4 * [True]
 
 

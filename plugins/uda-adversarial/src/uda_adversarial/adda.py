@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 import uda
 from uda.losses import domain_adversarial_loss
-from uda.nn import EMATeacher
+from uda.nn import EMATeacher, domain_context
 from uda_adversarial.adversary import Adversary
 
 
@@ -25,8 +25,8 @@ class ADDA(Adversary):
     ``min_D 1/2 [BCE(D(F_s(x_s)), 1) + BCE(D(F_t(x_t)), 0)]`` and ``min_{F_t} weight * BCE(D(F_t(x_t)), 1)``
 
     Both take their gradients at the same weights, in one step of the optimiser. Prediction is head(F_t(x)). In the
-    second stage a step holds no source batch for other plugins, and nothing keeps F_t from drifting but its start: the
-    published rates are small. List ADDA after plugins that change inputs.
+    second stage the source's features and logits are constants, and nothing keeps F_t from drifting but its start: the
+    published rates are small. List ADDA after plugins that change inputs or layers.
 
     Args:
         weight: of the target encoder's objective.
@@ -75,13 +75,17 @@ class ADDA(Adversary):
         """From the second stage on, the model's encoder sees the target alone."""
         if step.progress < self.pretrain:
             return
+        model = step.model
         if not self.adapting:
-            model = step.model
             self.source_encoder.update([model.backbone, model.bottleneck], momentum=0.0)
             self.adapting.fill_(True)
-        step.cache[f"{self.key}/source"] = step.pooled("x")
-        step.sources.clear()  # so no classification, and no source in the target encoder's statistics
-        step.joint = [step.target]
+        for batch in step.sources.values():  # so no source in the target encoder's statistics, and a frozen head
+            with torch.no_grad(), domain_context(batch.name, "source"):
+                batch.features = model.hooks.chain(
+                    "transform_features", "features", model=model, batch=batch, features=self.source_encoder(batch.x)
+                )
+                batch.views["x"].set_logits(model.head(batch.features))
+        step.cache[f"{self.key}/adapting"] = True
 
     def target_loss(self, target: Tensor) -> Tensor:
         """What the target encoder minimises; the discriminator is a constant here."""
@@ -95,12 +99,9 @@ class ADDA(Adversary):
     @uda.hookimpl
     def align_features(self, step: uda.Step) -> dict[str, Tensor]:
         """Nothing in the first stage; both sides of the game in the second."""
-        x = step.cache.get(f"{self.key}/source")
-        if x is None:
+        if f"{self.key}/adapting" not in step.cache:
             return {}
-        with torch.no_grad():
-            source = self.source_encoder(x)
-        target = step.target.features
+        source, target = step.pooled("features"), step.target.features
         logits = self.discriminator(torch.cat([source, target.detach()])).squeeze(1)
         source_logit, target_logit = logits.split([len(source), len(target)])
         self.log_later(

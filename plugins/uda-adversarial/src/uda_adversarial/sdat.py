@@ -75,11 +75,11 @@ class SDAT(uda.Plugin):
             if name.split("/")[0] not in known:
                 raise uda.UDAError(f"SDAT: no objective {name!r} for its task. There are {', '.join(sorted(known))}.")
 
-    def task_loss(self, step: uda.Step) -> Tensor:
-        """Sum of the objectives whose sharpness counts.
+    def task_loss(self, step: uda.Step) -> Tensor | None:
+        """Sum of the objectives whose sharpness counts; None where the step has none that trains anything.
 
         Raises:
-            UDAError: where the step has none of them.
+            UDAError: where the argument ``task`` names none of the step's objectives.
         """
         plugins = step.model.plugins
 
@@ -90,17 +90,21 @@ class SDAT(uda.Plugin):
             return key not in plugins or "align_features" not in hooks_of(type(plugins[key]))
 
         found = [v.float() for k, v in step.objectives.items() if counts(k)]
-        if not found:
+        if not found and self.task is not None:
             raise uda.UDAError(
                 f"SDAT: none of this step's objectives ({', '.join(step.objectives)}) belongs to the task: "
                 "name those that do in its argument 'task'."
             )
-        return sum(found[1:], start=found[0])
+        trains = [v for v in found if v.requires_grad]
+        return sum(trains[1:], start=trains[0]) if trains else None
 
     @uda.hookimpl
     def optimise(self, step: uda.Step, objectives: uda.Objectives) -> bool:
         """Find the worst weights nearby, and step with the gradient that is there."""
         model, task = step.model, self.task_loss(step)
+        if task is None:
+            model.manual_update(model.total(step))
+            return True
         parts = (model.backbone, model.bottleneck, model.head)
         parameters = list({id(p): p for m in parts for p in m.parameters() if p.requires_grad}.values())
         grads = mean_over_ranks(torch.autograd.grad(task, parameters, allow_unused=True, materialize_grads=True))
