@@ -161,6 +161,22 @@ def test_gated_sum_keeps_the_value_and_weighs_the_gradient():
     torch.testing.assert_close(gram(grads, grads)[1, 1], torch.tensor(12.0))
 
 
+def test_a_learnt_weight_receives_the_value_of_its_objective():
+    model = make(Pull())
+    step = uda.Step(model, batch(), 0.0, 0, 0)
+    losses = {"a": step.source.features.square().mean(), "b": step.target.features.sum()}
+    learnt = torch.tensor(0.3, requires_grad=True)
+    objectives = uda.Objectives(losses, step)
+    total = objectives.combine({"a": learnt.exp(), "b": 2.0})
+    assert total.item() == pytest.approx(sum(x.item() for x in losses.values()), rel=1e-5)
+    fixed = objectives.combine({"a": float(learnt.exp()), "b": 2.0})
+    shared = list(model.bottleneck.parameters())
+    grad, *got = torch.autograd.grad(total, [learnt, *shared], retain_graph=True)
+    assert grad.item() == pytest.approx(float(learnt.exp()) * losses["a"].item(), rel=1e-5)
+    for g, e in zip(got, torch.autograd.grad(fixed, shared), strict=True):
+        torch.testing.assert_close(g, e)
+
+
 def test_unknown_weight_is_refused():
     model = make(Pull())
     step = uda.Step(model, batch(), 0.0, 0, 0)

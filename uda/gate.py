@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from uda.errors import UDAError, nearest
+from uda.ranks import mean_over_ranks
 
 if TYPE_CHECKING:
     from uda.step import Step
@@ -105,7 +106,7 @@ class Objectives(Mapping[str, Tensor]):
         grads = self.grads(level)
         if level == "features":
             return self._reduce(gram(grads, grads))
-        mean = [self._mean_over_ranks(g) for g in grads]
+        mean = [mean_over_ranks(g) for g in grads]
         return gram(mean, mean)
 
     def inner(self, other: Tensor, level: Level = "parameters") -> Tensor:
@@ -115,18 +116,25 @@ class Objectives(Mapping[str, Tensor]):
         """
         if level == "features":
             raise UDAError("Gradients of another batch compare on parameters: use level 'bottleneck' or 'parameters'.")
-        mean = [self._mean_over_ranks(g) for g in self.grads(level)]
-        extra = [self._mean_over_ranks(g) for g in gradients([other], self._inputs(level))]
+        mean = [mean_over_ranks(g) for g in self.grads(level)]
+        extra = [mean_over_ranks(g) for g in gradients([other], self._inputs(level))]
         return gram(mean, extra)[:, 0]
 
     def combine(self, weights: Mapping[str, Tensor | float]) -> Tensor:
-        """One scalar whose backward applies the weights to backbone and bottleneck; see :func:`gated_sum`."""
+        """One scalar whose backward applies the weights to backbone and bottleneck; see :func:`gated_sum`.
+
+        For the net the weights are constants. A weight that carries a gradient (a learnt one) gets the gradient of
+        ``w_i L_i`` with the objective held fixed.
+        """
         if unknown := [n for n in weights if n not in self._losses]:
             raise UDAError(f"weigh_objectives returned a weight for {unknown[0]!r}. {nearest(unknown[0], self)}")
         first = next(iter(self._losses.values()))
         w = torch.stack([torch.as_tensor(weights.get(n, 1.0), dtype=torch.float32, device=first.device) for n in self])
         level: Level = "parameters" if self._step.model.reruns_backbone else "features"
-        return gated_sum(list(self._losses.values()), w.detach(), self._inputs(level), self.grads(level))
+        total = gated_sum(list(self._losses.values()), w.detach(), self._inputs(level), self.grads(level))
+        if w.requires_grad:
+            total = total + ((w - w.detach()) * torch.stack([x.detach().float() for x in self._losses.values()])).sum()
+        return total
 
     @staticmethod
     def _reduce(matrix: Tensor) -> Tensor:
@@ -134,12 +142,3 @@ class Objectives(Mapping[str, Tensor]):
             dist.all_reduce(matrix)
             matrix = matrix / dist.get_world_size() ** 2  # as one process with the whole batch would see it
         return matrix
-
-    @staticmethod
-    def _mean_over_ranks(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return grads
-        flat = torch.cat([g.float().flatten() for g in grads])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        return tuple(f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True))

@@ -107,7 +107,8 @@ def weigh_objectives(step: Step, objectives: Objectives) -> dict[str, Tensor | f
 
     The first result in config order wins; an objective that it leaves out weighs 1. ``objectives`` gives the
     losses and, on demand, inner products of their gradients; see :class:`~uda.gate.Objectives`. Weights apply
-    to backbone and bottleneck; heads receive the plain gradients.
+    to backbone and bottleneck; heads receive the plain gradients. A weight that is a tensor with gradient (a learnt
+    one) receives that of ``w_i L_i`` with the objective held fixed.
     """
 
 

@@ -16,7 +16,9 @@ from uda.testing.runs import objectives_of
 #: Two runs whose weights differ by less than this are the same: rounding gives 1e-7 in eight steps.
 SAME = 1e-6
 OBJECTIVES = ("align_features", "refine_classifier")
-OTHER_EFFECTS = {"predict", "adapt", "transform_features", "prepare_batch", "optimise", "pseudo_label"}
+OTHER_EFFECTS = {
+    "predict", "adapt", "transform_features", "prepare_batch", "optimise", "pseudo_label", "weigh_objectives",
+}  # fmt: skip
 
 
 class _Reach:
