@@ -67,7 +67,8 @@ def test_class_domain_nets_are_one_net_a_class():
         for i in range(2):
             h = h @ nets.weights[i][c] + nets.biases[i][c, 0]
             h = F.relu((h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt())
-        torch.testing.assert_close(got[:, c], (h @ nets.weights[2][c] + nets.biases[2][c, 0])[:, 0], rtol=1e-4, atol=1e-5)
+        expected = (h @ nets.weights[2][c] + nets.biases[2][c, 0])[:, 0]
+        torch.testing.assert_close(got[:, c], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_statistics_stay_still():
@@ -154,7 +155,7 @@ def recorded(weigher):
     def watch(hook, **arguments):
         key, found = first(hook, **arguments)
         if hook == "weigh_objectives":
-            model.seen = {k: float(v) for k, v in found.items()}
+            model.seen = {k: float(torch.as_tensor(v).detach()) for k, v in found.items()}
         return key, found
 
     model.hooks.first = watch
