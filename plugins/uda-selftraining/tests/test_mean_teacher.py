@@ -39,7 +39,7 @@ def test_consistency_against_numpy(loss, threshold):
     keep = torch.tensor(t).max(1).values > threshold
     student, teacher = (torch.tensor(v, requires_grad=True) for v in (s, t))
     value = consistency_loss(student, teacher, keep, loss)
-    assert float(value) == pytest.approx(expected, rel=1e-9)
+    assert value.item() == pytest.approx(expected, rel=1e-9)
     of_student, of_teacher = torch.autograd.grad(value, [student, teacher], allow_unused=True)
     assert of_teacher is None
     if loss == "mse":
