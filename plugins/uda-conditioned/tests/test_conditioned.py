@@ -183,7 +183,7 @@ def test_places(name, shape, places):
         before = net(x)
         keys = set(net.state_dict())
         found = condition(net, shape, "auto", 16, gated=False)
-        torch.testing.assert_close(net(x), before)
+        torch.testing.assert_close(net(x), before, rtol=1e-5, atol=0)
         assert condition(net, shape, "auto", 16, gated=False) == []
         assert places is None or found == places
         conditioned = [m for m in net.modules() if isinstance(m, ConditionedLayer)]
@@ -196,7 +196,7 @@ def test_places(name, shape, places):
         for m in conditioned:
             m.source.weight.add_(torch.randn_like(m.source.weight))
         with domain_context("a", "source"):
-            assert not torch.allclose(net(x), before)
+            assert not torch.allclose(net(x), before, rtol=1e-3, atol=0)
         clone = pickle.loads(pickle.dumps(net))
         torch.testing.assert_close(clone(x), net(x))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 import uda
 from uda.nn import gather_rows
@@ -54,12 +55,20 @@ class GDCAN(DCAN):
             raise uda.UDAError("GDCAN: threshold must lie in [0, 1] and momentum in [0, 1).")
         self.threshold, self.momentum = threshold, momentum
 
+    @staticmethod
+    def _layers(step: uda.Step) -> list[ConditionedLayer]:
+        return [m for m in step.model.backbone.modules() if isinstance(m, ConditionedLayer)]
+
+    @uda.hookimpl
+    def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
+        """DCAN's; notes the share of modules in which the domains share a branch."""
+        if layers := self._layers(step):
+            self.log_later(shared=lambda: torch.stack([layer.shared for layer in layers]).float().mean())
+        return DCAN.refine_classifier(self, step)
+
     @uda.hookimpl
     def after_step(self, step: uda.Step) -> None:
         """Statistics of this step from all processes, and the decision for the next."""
-        layers = [m for m in step.model.backbone.modules() if isinstance(m, ConditionedLayer)]
-        if not layers:
-            return
-        seen = torch.stack([layer.take_seen() for layer in layers])
-        decide(layers, merge(gather_rows(seen[None])), self.threshold, self.momentum)
-        self.log_later(shared=lambda: torch.stack([layer.shared for layer in layers]).float().mean())
+        if layers := self._layers(step):
+            seen = torch.stack([layer.take_seen() for layer in layers])
+            decide(layers, merge(gather_rows(seen[None])), self.threshold, self.momentum)
