@@ -52,11 +52,14 @@ class ParetoDA(uda.Plugin):
         mimic_trains_head: let the mimicking loss train the classifier as well; in the published code only the source
             does, and the mimicking loss changes the features.
         threshold: held-out loss, in nats above its best value, from which on there is no preference any more.
+        base: weight that every objective but the mimicking one has beside that of the program. The equations have 0,
+            where a program whose solutions are corners of the simplex can leave source classification without any say
+            on the features for long; the published code's update amounts to 1.
         hidden, layers, batch_norm: the class-wise domain nets, ``layers`` hidden layers of width ``hidden`` a class.
         lr_scale: learning rate of these nets relative to the head's.
         reference: behave as the published code where it departs from the equations: refinement by the raw logits;
             threshold on the negative mutual information, so that only common descent ever runs; weights (1, ..., 1)
-            where its linear program fails; every objective but the mimicking one once more with weight 1; membership
+            where its linear program fails; at least ``base: 1``; membership
             in the class-wise loss decided by the last sample alone; class-wise nets one domain at a time; BatchNorm
             statistics that see held-out samples. With ``level: parameters``, its gradients.
     """
@@ -70,6 +73,7 @@ class ParetoDA(uda.Plugin):
         refinement: bool = True,
         mimic_trains_head: bool = False,
         threshold: float = 1e-3,
+        base: float = 0.0,
         hidden: int = 1024,
         layers: int = 2,
         batch_norm: bool = True,
@@ -80,10 +84,11 @@ class ParetoDA(uda.Plugin):
         check_level("ParetoDA", level)
         if level == "features":
             raise uda.UDAError("ParetoDA: held-out samples have features of their own: level 'bottleneck' compares.")
-        if hidden < 1 or layers < 0 or lr_scale < 0:
-            raise uda.UDAError("ParetoDA: hidden must be positive, layers and lr_scale not negative.")
+        if hidden < 1 or min(layers, lr_scale, base) < 0:
+            raise uda.UDAError("ParetoDA: hidden must be positive, layers, lr_scale and base not negative.")
         self.level, self.refinement, self.mimic_trains_head = level, refinement, mimic_trains_head
         self.threshold, self.lr_scale, self.reference = threshold, lr_scale, reference
+        self.base = max(base, 1.0) if reference else base
         self._net = {"hidden": hidden, "layers": layers, "batch_norm": batch_norm}
         self.domains: ClassDomainNets | None = None
 
@@ -173,8 +178,6 @@ class ParetoDA(uda.Plugin):
         weights = np.ones(live.sum())
         if live.sum() > 1:
             weights = live.sum() * self.choose(gram[np.ix_(live, live)], guide[live], loss)
-        weights = dict(zip(objectives, in_full(weights, live).tolist(), strict=True))
-        if self.reference:
-            weights = {n: w if n == f"{self.key}/mimic" else w + 1 for n, w in weights.items()}
+        named = zip(objectives, in_full(weights, live).tolist(), strict=True)
         self.log_later(held_out=loss)
-        return weights
+        return {n: w if n == f"{self.key}/mimic" else w + self.base for n, w in named}
