@@ -216,6 +216,19 @@ def test_prediction_by_the_generative_classifier():
     assert built(model).predict(model, target) is None
 
 
+def test_balance_at_the_prior():
+    """Labels whose shares equal the prior are left as they are; the uniform balance draws them to equal shares."""
+    model, probs = fake_model(), torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1], [0.6, 0.3, 0.1]])
+    shares = {}
+    for balance in ("uniform", "prior"):
+        plugin = built(model, balance=balance, label_mix=0.0)
+        plugin.prior.copy_(probs.mean(0))
+        labels = plugin.soft_labels(batch(3), {"g": probs}, torch.arange(3))["g"]
+        shares[balance] = labels.mean(0)
+    torch.testing.assert_close(shares["prior"], probs.mean(0))
+    assert shares["uniform"].min() > 1.5 * probs.mean(0).min()
+
+
 def test_mass_of_the_domain():
     """Equation 6 over the latest posterior of every sample that was seen, the current ones included."""
     model = fake_model(size=8)

@@ -21,6 +21,7 @@ CHOICES = {
     "prior_estimate": ("posterior", "cosine"),
     "absent": ("skip", "shrink"),
     "mass": ("batch", "domain"),
+    "balance": ("uniform", "prior"),
 }
 
 
@@ -89,6 +90,9 @@ class GeT(uda.Plugin):
             counts its mean as zero.
         mass: the column sum of equation 6: ``batch`` over the samples of the step, on all processes; ``domain`` over
             the whole target, from the latest posterior of each sample.
+        balance: what the labels' shares are drawn to: ``uniform``, equation 6; ``prior``, whose ``Q`` is proportional
+            to ``P sqrt(pi_c / mass_c)``, so that shares at the estimated prior stay. For unbalanced targets; not in
+            the paper.
         posterior: the trained posterior P_g: ``cosine`` as in equation 2, on the classifier's weights without bias;
             ``logits``, ``softmax(log pi + z)`` of the ordinary logits z (with ``prior_rate`` 0 the plain softmax).
         predict_by: who predicts: ``classifier`` is the ordinary one; ``generative`` is P_g, with the class prior.
@@ -116,6 +120,7 @@ class GeT(uda.Plugin):
         prior_estimate: str = "posterior",
         absent: str = "skip",
         mass: str = "batch",
+        balance: str = "uniform",
         posterior: str = "cosine",
         predict_by: str = "classifier",
         ramp: str = "none",
@@ -133,7 +138,7 @@ class GeT(uda.Plugin):
         self.weight, self.embedding_weight, self.temperature, self.ramp = weight, embedding_weight, temperature, ramp
         self.label_mix, self.prior_rate, self.prototype_rate = label_mix, prior_rate, prototype_rate
         self.prior_estimate, self.absent, self.mass, self.posterior = prior_estimate, absent, mass, posterior
-        self.predict_by = predict_by
+        self.balance, self.predict_by = balance, predict_by
         self.embedding: nn.Parameter | None = None
         self.seen: Bank | None = None
 
@@ -176,6 +181,8 @@ class GeT(uda.Plugin):
         nearest_one = (self.prior.log() + similarity(features, self.prototypes, self.temperature)).argmax(1)
         hard = F.one_hot(nearest_one, len(self.prior))
         mass = self.class_mass(probs, index)
+        if self.balance == "prior":
+            mass = {h: m / self.prior for h, m in mass.items()}
         return {
             h: (1 - self.label_mix) * balanced_labels(p, mass[h]) + self.label_mix * hard.to(p.dtype)
             for h, p in probs.items()
