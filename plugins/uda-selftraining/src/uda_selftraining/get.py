@@ -91,8 +91,7 @@ class GeT(uda.Plugin):
         mass: the column sum of equation 6: ``batch`` over the samples of the step, on all processes; ``domain`` over
             the whole target, from the latest posterior of each sample.
         balance: what the labels' shares are drawn to: ``uniform``, equation 6; ``prior``, whose ``Q`` is proportional
-            to ``P sqrt(pi_c / mass_c)``, so that shares at the estimated prior stay. For unbalanced targets; not in
-            the paper.
+            to ``P sqrt(pi_c / mass_c)``, so that shares at the estimated prior stay. Not in the paper.
         posterior: the trained posterior P_g: ``cosine`` as in equation 2, on the classifier's weights without bias;
             ``logits``, ``softmax(log pi + z)`` of the ordinary logits z (with ``prior_rate`` 0 the plain softmax).
         predict_by: who predicts: ``classifier`` is the ordinary one; ``generative`` is P_g, with the class prior.
