@@ -71,7 +71,7 @@ class DCAN(uda.Plugin):
     settings = ("closed", "multi-source")
     gated: ClassVar[bool] = False
     search_space: ClassVar[dict[str, Any]] = {
-        "weight": (0.1, 3.0, "log"), "entropy_weight": (0.01, 1.0, "log"), "adapt_lr_scale": [0.001, 0.1, 1.0],
+        "weight": (0.1, 3.0, "log"), "entropy_weight": (0.01, 1.0, "log"), "adapt_lr_scale": [0.001, 0.01, 0.1],
     }  # fmt: skip
 
     def __init__(
