@@ -198,9 +198,9 @@ def test_under_two_processes():
     check_plugins_ddp(
         [
             *((cls, {"init_args": init_args}) for cls, init_args in CASES),
-            (MCD, {"init_args": {"hidden": 8, "balance": 0.01}}),
+            (MCD, {"init_args": {"head_hidden": 8, "balance": 0.01}}),
             (MCDPhases, {"init_args": {"repeats": 2}}),
-            (MDD, {"init_args": {"hidden": 8}}),
+            (MDD, {"init_args": {"head_hidden": 8}}),
             (BSP, {"partners": aligner("DANN")}),
             (SDAT, {"init_args": {"rho": 0.2}, "partners": aligner("CDAN")}),
             (ADDA, {"init_args": {"hidden": 8, "pretrain": 0.45}}),

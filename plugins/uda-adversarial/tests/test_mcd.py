@@ -124,7 +124,7 @@ def test_classifiers_part_and_features_bring_them_together(make_step, by_hand):
 
 
 def test_deep_classifiers_replace_the_head(make_step):
-    plugin = MCD(hidden=7, layers=2)
+    plugin = MCD(head_hidden=7, layers=2)
     model, step = make_step({"align": plugin})
     shapes = [[tuple(p.shape) for p in m.parameters()] for m in (model.head, plugin.second)]
     assert shapes[0] == shapes[1]
@@ -134,6 +134,24 @@ def test_deep_classifiers_replace_the_head(make_step):
     head = model.head
     plugin.build(model)
     assert model.head is head
+
+
+class WrapsTheHead(uda.Plugin):
+    """Stands for network changes that put something in the place of the head."""
+
+    @uda.hookimpl
+    def build(self, model):
+        if not isinstance(model.head, torch.nn.Sequential):
+            model.head = torch.nn.Sequential(model.head)
+
+
+def test_a_head_that_another_plugin_has_replaced_stays(make_step):
+    plugin = MCD()
+    model, step = make_step({"network": WrapsTheHead(), "align": plugin})
+    assert isinstance(model.head, torch.nn.Sequential)
+    assert plugin.align_features(step)["second"] > 0
+    with pytest.raises(uda.UDAError, match="set head_hidden to 0"):
+        make_step({"network": WrapsTheHead(), "align": MCD(head_hidden=4)})
 
 
 def test_prediction_by_both(make_step):
@@ -164,7 +182,7 @@ def test_other_objectives_train_in_the_first_step(make_step, by_hand):
         (MCD, {"weight": -1.0}, "must not be negative"),
         (MCD, {"predict": "both"}, "'main' or 'mean'"),
         (MCD, {"ramp": "linaer"}, "'linear'"),
-        (MCD, {"hidden": -1}, "hidden"),
+        (MCD, {"head_hidden": -1}, "head_hidden"),
         (MCDPhases, {"repeats": 0}, "repeats must be 1 or more"),
     ],
 )
@@ -173,7 +191,7 @@ def test_bad_arguments_are_refused(cls, arguments, text):
         cls(**arguments)
 
 
-CASES = [(MCD, {"hidden": 8, "balance": 0.01}), (MCDPhases, {"repeats": 2, "predict": "mean"})]
+CASES = [(MCD, {"head_hidden": 8, "balance": 0.01}), (MCDPhases, {"repeats": 2, "predict": "mean"})]
 
 
 @pytest.mark.parametrize(("cls", "init_args"), CASES, ids=["MCD", "MCDPhases"])

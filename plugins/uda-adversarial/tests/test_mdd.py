@@ -95,6 +95,6 @@ def test_bad_arguments_are_refused():
 
 
 def test_plugin():
-    report = check_plugin(MDD, init_args={"hidden": 8}, ddp=False)
+    report = check_plugin(MDD, init_args={"head_hidden": 8}, ddp=False)
     assert report.objectives == ["disparity"]
     assert not report.warnings

@@ -42,8 +42,8 @@ class MCD(TwoClassifiers):
         reversal: coefficient of the gradient reversal; ``ramp``: its growth over the run's progress: ``none``,
             ``linear``, ``warm_start``.
         predict: ``main`` for the model's head, ``mean`` for the mean of both classifiers.
-        hidden, layers, batch_norm, dropout: deep classifiers in the place of the model's head (the paper's are three
-            layers with BatchNorm); 0 for two of the model's kind.
+        head_hidden, layers, batch_norm, dropout: deep classifiers in the place of the model's head (the paper's are
+            three layers with BatchNorm); 0 for two of the model's kind.
         lr_scale: learning rate of the second classifier relative to the head's.
     """
 
@@ -56,13 +56,13 @@ class MCD(TwoClassifiers):
         reversal: float = 1.0,
         ramp: str = "none",
         predict: str = "main",
-        hidden: int = 0,
+        head_hidden: int = 0,
         layers: int = 2,
         batch_norm: bool = True,
         dropout: float = 0.5,
         lr_scale: float = 1.0,
     ) -> None:
-        super().__init__(hidden, layers, batch_norm, dropout, lr_scale)
+        super().__init__(head_hidden, layers, batch_norm, dropout, lr_scale)
         if min(weight, balance, reversal) < 0:
             raise uda.UDAError(f"{type(self).__name__}: weight, balance and reversal must not be negative.")
         if predict not in ("main", "mean"):
@@ -123,13 +123,13 @@ class MCDPhases(MCD):
         balance: float = 0.0,
         repeats: int = 4,
         predict: str = "main",
-        hidden: int = 0,
+        head_hidden: int = 0,
         layers: int = 2,
         batch_norm: bool = True,
         dropout: float = 0.5,
         lr_scale: float = 1.0,
     ) -> None:
-        super().__init__(weight, balance, 1.0, "none", predict, hidden, layers, batch_norm, dropout, lr_scale)
+        super().__init__(weight, balance, 1.0, "none", predict, head_hidden, layers, batch_norm, dropout, lr_scale)
         if repeats < 1:
             raise uda.UDAError(f"MCDPhases: repeats must be 1 or more, got {repeats}.")
         self.repeats = repeats

@@ -47,8 +47,8 @@ class MDD(TwoClassifiers):
         margin: the paper's gamma, ``exp(rho)`` of the margin rho (4).
         reversal: final coefficient of the reversal (0.1), which scales only what reaches the features.
         gamma: steepness of its warm start ``2 / (1 + exp(-gamma p)) - 1`` over the run's progress p.
-        hidden, layers, batch_norm, dropout: deep classifiers in the place of the model's head (the paper: one hidden
-            layer of 1024 with dropout 0.5); 0 for two of the model's kind.
+        head_hidden, layers, batch_norm, dropout: deep classifiers in the place of the model's head (the paper: one
+            hidden layer of 1024 with dropout 0.5); 0 for two of the model's kind.
         lr_scale: learning rate of the auxiliary classifier relative to the head's.
     """
 
@@ -62,13 +62,13 @@ class MDD(TwoClassifiers):
         margin: float = 4.0,
         reversal: float = 0.1,
         gamma: float = 10.0,
-        hidden: int = 0,
+        head_hidden: int = 0,
         layers: int = 1,
         batch_norm: bool = False,
         dropout: float = 0.5,
         lr_scale: float = 1.0,
     ) -> None:
-        super().__init__(hidden, layers, batch_norm, dropout, lr_scale)
+        super().__init__(head_hidden, layers, batch_norm, dropout, lr_scale)
         if min(weight, reversal) < 0 or margin <= 0:
             raise uda.UDAError("MDD: weight and reversal must not be negative, and margin must be positive.")
         self.weight, self.margin, self.reversal, self.gamma = weight, margin, reversal, gamma

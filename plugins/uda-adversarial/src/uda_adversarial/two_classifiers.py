@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import uda
 from uda.losses import classification_loss
-from uda.nn import DomainDiscriminator
+from uda.nn import DomainDiscriminator, LinearHead
 
 
 def groups_of(model: uda.UDA, *modules: nn.Module) -> list[str]:
@@ -32,20 +32,20 @@ class TwoClassifiers(uda.Plugin):
     """A second classifier of the same form as ``model.head``, from an initialisation of its own.
 
     Args:
-        hidden: width of the hidden layers of both classifiers; the model's head is then replaced. 0: both are as the
-            model's head.
-        layers, batch_norm, dropout: hidden layers of Linear-(BatchNorm)-ReLU-(dropout), where ``hidden`` is not 0.
+        head_hidden: width of the hidden layers of both classifiers; the model's head is then replaced. 0: both are as
+            the model's head.
+        layers, batch_norm, dropout: hidden layers of Linear-(BatchNorm)-ReLU-(dropout), where there are any.
         lr_scale: learning rate of the second classifier relative to the head's.
     """
 
     settings = ("closed", "multi-source")
 
-    def __init__(self, hidden: int, layers: int, batch_norm: bool, dropout: float, lr_scale: float) -> None:
+    def __init__(self, head_hidden: int, layers: int, batch_norm: bool, dropout: float, lr_scale: float) -> None:
         super().__init__()
-        if hidden < 0 or not 0 <= dropout < 1:
-            raise uda.UDAError(f"{type(self).__name__}: hidden must not be negative, and dropout lies in [0, 1).")
-        self.hidden, self.lr_scale = hidden, lr_scale
-        self._net = {"hidden": hidden, "layers": layers, "batch_norm": batch_norm, "dropout": dropout}
+        if head_hidden < 0 or not 0 <= dropout < 1:
+            raise uda.UDAError(f"{type(self).__name__}: head_hidden must not be negative, and dropout lies in [0, 1).")
+        self.deep, self.lr_scale = head_hidden > 0, lr_scale
+        self._net = {"hidden": head_hidden, "layers": layers, "batch_norm": batch_norm, "dropout": dropout}
         self.second: nn.Module | None = None
 
     @uda.hookimpl
@@ -54,11 +54,17 @@ class TwoClassifiers(uda.Plugin):
         if self.second is not None:
             return
         size, classes = model.feature_dim, model.num_classes
-        if self.hidden:
+        own = type(model.head).__module__ == LinearHead.__module__  # no other plugin has replaced it
+        if self.deep and not own:
+            raise uda.UDAError(
+                f"Plugin {self.key!r}: head_hidden replaces the model's head, but another plugin has already done so: "
+                "set head_hidden to 0."
+            )
+        if self.deep:
             model.head = DomainDiscriminator(size, **self._net, out_features=classes)
             self.second = DomainDiscriminator(size, **self._net, out_features=classes)
         else:
-            self.second = type(model.head)(size, classes)
+            self.second = (type(model.head) if own else LinearHead)(size, classes)
 
     @uda.hookimpl
     def param_groups(self, model: uda.UDA) -> list[dict[str, Any]]:
