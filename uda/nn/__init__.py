@@ -17,7 +17,9 @@ _HOMES = {
     ),
     "ema": ("EMATeacher",),
     "factory": ("feature_size", "make_backbone", "use_channels_last"),
-    "heads": ("Bottleneck", "CosineHead", "DomainDiscriminator", "LinearHead", "WeightNormHead", "make_head"),
+    "heads": (
+        "Bottleneck", "CosineHead", "DomainDiscriminator", "LinearHead", "WeightNormHead", "class_vectors", "make_head",
+    ),
     "precision": ("full", "no_autocast"),
     "reversal": ("ramp", "reverse_gradient", "warm_start", "warm_start_iterations"),
 }  # fmt: skip

@@ -129,6 +129,21 @@ def make_head(kind: str, in_features: int, num_classes: int, **arguments: float)
     return _HEADS[kind](in_features, num_classes, **arguments)
 
 
+def class_vectors(head: nn.Module, who: str) -> Tensor:
+    """The classifier's weight vectors ``[C, F]``, for what compares features with classes.
+
+    Raises:
+        UDAError: a deep head has none in the space of the features; ``who`` asked for them.
+    """
+    vectors = getattr(head, "weight_vectors", None)
+    if vectors is None:
+        raise UDAError(
+            f"{who} compares features with the classifier's weight vectors, and a {type(head).__name__} has none: use "
+            "a head with one vector a class (model.head: linear, weight_norm, cosine), and no plugin that replaces it."
+        )
+    return vectors
+
+
 class DomainDiscriminator(nn.Module):
     """Tells domains apart: ``layers`` times Linear-BatchNorm-ReLU, then Linear to ``out_features`` logits.
 

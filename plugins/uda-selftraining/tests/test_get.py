@@ -368,6 +368,14 @@ def test_bad_arguments_are_refused(options, text):
         GeT(**options)
 
 
+def test_a_deep_head_is_refused():
+    model = SimpleNamespace(head=torch.nn.Sequential(torch.nn.Linear(4, 3)))
+    plugin = GeT()
+    plugin.register_buffer("prior", torch.full((3,), 1 / 3))
+    with pytest.raises(uda.UDAError, match="a Sequential has none"):
+        plugin.log_posteriors(model, torch.randn(2, 4), torch.randn(2, 3))
+
+
 OPTIONS = {"mass": "domain", "posterior": "logits", "temperature": 0.1, "predict_by": "generative"}
 
 

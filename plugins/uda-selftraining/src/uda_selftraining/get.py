@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import uda
 from uda.errors import nearest
 from uda.losses import soft_cross_entropy
-from uda.nn import Bank, full, gather_rows, no_autocast
+from uda.nn import Bank, class_vectors, full, gather_rows, no_autocast
 from uda.nn import ramp as ramp_factor
 
 HEADS = ("g", "f")  # the classifier's posterior and that of the learnable prototypes
@@ -169,7 +169,7 @@ class GeT(uda.Plugin):
         """``log P_g`` and ``log P_f`` ``[B, C]`` up to a constant of the sample, with gradient."""
         log_prior = self.prior.log()
         if self.posterior == "cosine":
-            classifier = similarity(features, model.head.weight_vectors, self.temperature)
+            classifier = similarity(features, class_vectors(model.head, "GeT"), self.temperature)
         else:
             classifier = full(logits)
         return {"g": log_prior + classifier, "f": log_prior + similarity(features, self.embedding, self.temperature)}
@@ -221,7 +221,7 @@ class GeT(uda.Plugin):
         features, posterior = gather_rows(full(target.features)), gather_rows(probs["g"])
         estimate = posterior
         if self.prior_estimate == "cosine":
-            estimate = similarity(features, step.model.head.weight_vectors, self.temperature)
+            estimate = similarity(features, class_vectors(step.model.head, "GeT"), self.temperature)
         self.prior.copy_(next_prior(self.prior, estimate.mean(0), self.prior_rate))
         self.prototypes.copy_(
             next_prototypes(
