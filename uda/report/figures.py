@@ -12,6 +12,7 @@ from uda.report.measures import Reliability, class_accuracies
 from uda.report.style import RIGHT, RUNS, SOURCE, TARGET, WRONG, Theme, new_figure
 
 MANY = 40  # classes from which on a figure shows the extremes alone
+FEW = 5  # samples of a bin below which its accuracy says nothing
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -55,9 +56,9 @@ def curves(
         )  # fmt: skip
     for line in lines:
         for x, y, marker in line.marks:
-            big = {"*": 110, "D": 44}.get(marker, 36)
+            big = {"*": 90, "D": 40}.get(marker, 32)
             axes.scatter(
-                [x], [scale * y], marker=marker, s=big, color=line.color, edgecolor=theme.paper, linewidth=0.9, zorder=5
+                [x], [scale * y], marker=marker, s=big, color=line.color, edgecolor=theme.paper, linewidth=0.5, zorder=5
             )
     _thousands(axes.xaxis)
     axes.set(xlabel="training steps", ylabel=ylabel)
@@ -142,7 +143,7 @@ def class_accuracy(
     table = np.array([class_accuracies(m) for m in counts])
     support = counts[0].sum(1)
     order = shown_classes(table[0])
-    figure, axes = new_figure(5.2, 0.95 + 0.235 * len(order) + 0.2 * (len(counts) > 1))
+    figure, axes = new_figure(5.2 if len(counts) == 1 else 9.0, 0.95 + 0.235 * len(order) + 0.2 * (len(counts) > 1))
     at = np.arange(len(order))
     if len(counts) == 1:
         axes.barh(at, 100 * table[0, order], color=colors[0], height=0.66)
@@ -198,8 +199,7 @@ def _plane(size: tuple[float, float] = (3.6, 3.9)) -> Any:
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_aspect("equal", adjustable="datalim")
-    axes.margins(0.02)
+    axes.margins(0.03)
     return figure, axes
 
 
@@ -272,20 +272,23 @@ def wilson(share: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.nd
 def reliability(theme: Theme, parts: Sequence[tuple[str, Reliability, str]]) -> Any:
     """Accuracy over confidence of several domains (label, bins, colour), and below how many samples lie where.
 
-    Bars are 95 % intervals of each bin's accuracy.
+    Bars are 95 % intervals of each bin's accuracy; a bin of fewer than :data:`FEW` samples is a pale dot alone.
     """
     from matplotlib.ticker import FuncFormatter
 
     figure, (top, bottom) = new_figure(4.8, 5.0, nrows=2, sharex=True, gridspec_kw={"height_ratios": [3.2, 1]})
     top.plot([0, 1], [0, 1], color=theme.muted, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
     for i, (label, r, color) in enumerate(parts):
-        some = r.count > 0
-        x, y, n = r.confidence[some], r.accuracy[some], r.count[some]
-        low, high = wilson(y, n)
-        top.vlines(x + 0.006 * i, low, high, color=color, linewidth=1.2, alpha=0.45)
-        top.plot(x, y, color=color, linewidth=1, alpha=0.55)
-        size = 14 + 80 * np.sqrt(n / n.sum())
-        top.scatter(x, y, s=size, color=color, edgecolor=theme.paper, linewidth=0.6, zorder=3, clip_on=False)
+        share = np.sqrt(r.count / r.count.sum())
+        for some, alpha in (((r.count > 0) & (r.count < FEW), 0.35), (r.count >= FEW, 1.0)):
+            x, y = r.confidence[some], r.accuracy[some]
+            top.scatter(
+                x, y, s=14 + 80 * share[some], color=color, alpha=alpha, edgecolor=theme.paper, linewidth=0.6,
+                zorder=3, clip_on=False,
+            )  # fmt: skip
+        low, high = wilson(y, r.count[some])
+        top.vlines(x + 0.006 * i, low, high, color=color, linewidth=1.2, alpha=0.5)
+        top.plot(x, y, color=color, linewidth=1.1, alpha=0.6)
         top.plot([], [], color=color, marker="o", markersize=5, label=f"{label}: ECE {100 * r.ece:.1f} %")
         bottom.stairs(np.maximum(r.count, 0.5), r.edges, baseline=0.5, color=color, linewidth=1.4)
         bottom.stairs(np.maximum(r.count, 0.5), r.edges, baseline=0.5, color=color, fill=True, alpha=0.15)

@@ -39,12 +39,14 @@ th,td{padding:.34em .75em;border-bottom:1px solid var(--grid);text-align:left;ve
 thead th{color:var(--muted);font-weight:600;font-size:.84rem}
 td.n,th.n{text-align:right}
 td.oracle,th.oracle{background:var(--oracle-back)}
+.none{color:var(--muted)}
 td code{overflow-wrap:anywhere}
 code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.88em}
 .dot{display:inline-block;width:.72em;height:.72em;border-radius:50%;margin-right:.45em}
 .grid{display:grid;gap:18px 22px;grid-template-columns:repeat(auto-fit,minmax(min(100%,var(--least,420px)),1fr));
 align-items:start}
 .small{--least:290px}
+.grid+figure{margin-top:20px}
 figure{margin:0;min-width:0}
 figure>svg{display:block;width:100%;height:auto;margin:0 auto 0 0}
 figure>.t{font-weight:600;font-size:.93rem;margin:.2em 0 .35em}

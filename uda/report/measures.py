@@ -168,18 +168,27 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping with dotted keys; lists are values."""
+    """A nested mapping with dotted keys as on the command line (without ``init_args``); lists are values."""
     if not isinstance(config, dict) or not config:
         return {prefix: config} if prefix else {}
     out: dict[str, Any] = {}
     for key, value in config.items():
-        out |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+        below = f"{prefix}.{key}" if prefix else str(key)
+        out |= flat(value, prefix if key == "init_args" and value else below)
     return out
 
 
 def differences(configs: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Settings that are not the same in all configs, by dotted key; ``...`` where a config has no such key."""
+    """Settings that are not the same in all configs, by dotted key; ``...`` where a config has no such key.
+
+    What is null or empty in one config and a section in another is given by the section's keys alone.
+    """
     tables = [flat(c) for c in configs]
     keys = list(dict.fromkeys(k for t in tables for k in t))
-    rows = {k: [t.get(k, ...) for t in tables] for k in keys}
+    sections = {".".join(k.split(".")[:i]) for k in keys for i in range(1, k.count(".") + 1)}
+    rows = {
+        k: [t.get(k, ...) for t in tables]
+        for k in keys
+        if not (k in sections and all(t.get(k) in (None, {}, ...) for t in tables))
+    }
     return {k: v for k, v in rows.items() if any(x != v[0] for x in v[1:])}

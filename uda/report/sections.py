@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,42 +166,47 @@ def results_table(report: Report) -> str:
 
 def remarks(report: Report) -> list[str]:
     """Sentences on what stands out, each from the numbers alone."""
-    out = [r for i, run in enumerate(report.runs) for r in remarks_on(report, i, run)]
-    return out + [r for i in range(1, len(report.runs)) if (r := compared(report, i))]
+    out = []
+    for run in report.runs:
+        found = remarks_on(run)
+        if report.several and found:
+            out.append(f"<strong>{text(run.name)}</strong>: {'; '.join(found)}.")
+        else:
+            out += [w[0].upper() + w[1:] + "." for w in found]
+    out += [r for i in range(1, len(report.runs)) if (r := compared(report, i))]
+    if report.several:
+        out.append(
+            "Each row is one run: a difference within the spread over seeds means nothing (<code>uda bench</code> runs several)."
+        )
+    return out
 
 
-def remarks_on(report: Report, i: int, run: Run) -> list[str]:
+def remarks_on(run: Run) -> list[str]:
     """What stands out of one run."""
-    name = f"<strong>{text(run.name)}</strong>: " if report.several else ""
     out, s = [], run.summary["target_accuracy"]
     if s["selected"] is not None and s["oracle"] is not None:
         lost = 100 * (s["oracle"] - s["selected"])
-        words = "the epoch that the label-free score takes is also the oracle's" if lost < 0.05 else (
-            f"choosing the epoch without labels costs {lost:.1f} points against the oracle"
-        )  # fmt: skip
-        out.append(words)
-    collapsed = [r["epoch"] for r in run.history if r.get("select/collapsed")]
-    if collapsed:
+        out.append(
+            "the epoch that the label-free score takes is as good as the oracle's"
+            if lost < 0.05
+            else f"choosing the epoch without labels costs {lost:.1f} points against the oracle"
+        )
+    if collapsed := [r["epoch"] for r in run.history if r.get("select/collapsed") == 1]:
         out.append(f"predictions had collapsed in {len(collapsed)} of {len(run.history)} validations")
-    target = run.target
-    if target is not None and target.labelled:
-        matrix = measures.confusion_matrix(target.label, target.y, len(run.names_with_unknown))
-        accuracy = measures.class_accuracies(matrix)
-        worst = int(np.nanargmin(accuracy))
-        pairs = measures.confused_pairs(matrix, 1)
-        words = f"the weakest class is {text(run.names_with_unknown[worst])} ({100 * accuracy[worst]:.0f} %)"
-        if pairs:
-            t, p, n, _ = pairs[0]
-            words += (
-                f"; the most frequent mistake is {text(run.names_with_unknown[t])} taken for "
-                f"{text(run.names_with_unknown[p])} ({n} images)"
-            )
-        out.append(words)
-        if (e := ece(target)) is not None:
-            source = next((x for o in run.sources if (x := ece(o)) is not None), None)
-            ref = "" if source is None else f", on the source {100 * source:.1f}"
-            out.append(f"calibration error (ECE) on the target is {100 * e:.1f} points{ref}")
-    return [name + w[0].upper() + w[1:] + "." if not name else name + w + "." for w in out]
+    if run.target is None or not run.target.labelled:
+        return out
+    names, matrix = run.names_with_unknown, matrix_of(run)
+    accuracy = measures.class_accuracies(matrix)
+    worst = int(np.nanargmin(accuracy))
+    words = f"the weakest class is {text(names[worst])} ({100 * accuracy[worst]:.0f} %)"
+    for t, p, n, _ in measures.confused_pairs(matrix, 1):
+        words += f", the most frequent mistake {text(names[t])} taken for {text(names[p])} ({n} images)"
+    out.append(words)
+    if (error := ece(run.target)) is not None:
+        source = next((x for o in run.sources if (x := ece(o)) is not None), None)
+        ref = "" if source is None else f", on the source {100 * source:.1f}"
+        out.append(f"calibration error (ECE) on the target is {100 * error:.1f} points{ref}")
+    return out
 
 
 def compared(report: Report, i: int) -> str | None:
@@ -222,7 +228,7 @@ def compared(report: Report, i: int) -> str | None:
 def plain(value: Any) -> str:
     """A setting as text."""
     if value is ...:
-        return '<span class="note">–</span>'
+        return '<span class="none">–</span>'
     shown = "null" if value is None else value if isinstance(value, str) else yaml.safe_dump(
         value, default_flow_style=True, width=10_000
     ).removesuffix("\n").removesuffix("\n...")  # fmt: skip
@@ -368,8 +374,7 @@ def scores(report: Report) -> str:
             x, y = run.series(key)
             if not len(x):
                 continue
-            at = int(np.argmax(y))
-            lines.append(Line(run.name, x, y, run_color(i), False, ((x[at], y[at], "D"),)))
+            lines.append(Line(run.name, x, y, run_color(i), False, taken(run, name)))
             pairs = [(r.get(key, math.nan), r.get(TARGET_ACCURACY, math.nan)) for r in run.history]
             if (rho := measures.rank_correlation(*np.array(pairs, float).T)) is not None:
                 told.append(f"{dot(run_color(i)) if report.several else ''}{rho:+.2f}")
@@ -382,6 +387,16 @@ def scores(report: Report) -> str:
     if not report.several and len(report.runs[0].series(TARGET_ACCURACY)[0]):
         words += " The thin dashed line and the right scale are the target accuracy in percent, for comparison only."
     return paragraph(words) + report.grid(out, "small")
+
+
+def taken(run: Run, score: str) -> tuple[tuple[float, float, str], ...]:
+    """The validation that a score would take, as a mark; none that had collapsed."""
+    from uda.selection import select_epoch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        at = select_epoch(run.history, score)
+    return () if at is None else ((run.history[at]["step"], run.history[at][f"select/{score}"], "D"),)
 
 
 # ----------------------------------------------------------------------------------------------- classes
@@ -411,14 +426,13 @@ def classes(report: Report) -> Section:
     shown = [(i, r) for i, r in enumerate(report.runs) if not reasons[i]]
     html += "".join(note(f"{r.name}: {reasons[i]}") for i, r in enumerate(report.runs) if reasons[i])
     parts = [confusion_figure(report, i, r) for i, r in shown]
-    same = all(r.names_with_unknown == shown[0][1].names_with_unknown for _, r in shown)
-    if same:
-        parts.append(class_figure(report, [i for i, _ in shown]))
+    if all(r.names_with_unknown == shown[0][1].names_with_unknown for _, r in shown):
+        together = [i for i, _ in shown]
+        bars = class_figure(report, together)
+        html += report.grid([*parts, bars]) if len(shown) == 1 else report.grid(parts) + bars
+        html += class_table(report, together)
     else:
-        parts += [class_figure(report, [i]) for i, _ in shown]
-    html += report.grid(parts)
-    if same:
-        html += class_table(report, [i for i, _ in shown])
+        html += report.grid([*parts, *(class_figure(report, [i]) for i, _ in shown)])
     return Section("classes", title, html + "".join(pairs_table(report, i, r) for i, r in shown))
 
 
@@ -430,7 +444,7 @@ def confusion_figure(report: Report, i: int, run: Run) -> str:
     told = ", ".join(f"{names[t]} as {names[p]} ({n})" for t, p, n, _ in pairs) or "none"
     alt = f"Confusion matrix of {len(names)} classes, {100 * accuracy:.1f} % on the diagonal; largest mistakes: {told}."
     caption = "Percent of each true class (row); rows add up to 100."
-    title = f"Confusion matrix{': ' + report.title(i) if report.several else ''}"
+    title = report.title(i) or "Confusion matrix"
     return report.figure(
         Plot(report.slug("confusion", i), title, alt, lambda t: figures.confusion(t, matrix, names), caption)
     )
@@ -590,8 +604,9 @@ def calibration(report: Report) -> Section:
     title = "Confidence"
     html = paragraph(
         "Reliability: how often predictions that were made with some confidence (from left to right) are right "
-        "(height), in 15 bins with 95 % intervals. Below the diagonal the model is too sure. ECE is the mean distance "
-        "to the diagonal, weighted by the number of images; the lower panel has these numbers on a logarithmic scale."
+        "(height), in 15 bins with 95 % intervals; pale dots are bins of fewer than 5 images. Below the diagonal the "
+        "model is too sure. ECE is the mean distance to the diagonal, weighted by the number of images; the lower "
+        "panel has these numbers on a logarithmic scale."
     )
     parts = [reliability_of(report, i, run) for i, run in enumerate(report.runs)]
     return Section("confidence", title, html + report.grid(parts))
