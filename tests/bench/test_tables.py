@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from uda.bench import tables
+from uda.bench.across import suites_table
 from uda.bench.render import render
 from uda.bench.statistics import average_by_seed, p_value, spearman, survives
 from uda.errors import UDAError
@@ -167,3 +168,19 @@ def test_order_and_choice_of_rows(records):
     assert [r[0] for r in tables.accuracy_table(data, methods=["n", "m", "absent"]).rows] == ["n", "m"]
     with pytest.raises(UDAError, match="Did you mean"):
         tables.pick(["dann", "mcc"], ["dan"], "method")
+
+
+def test_suites_side_by_side(records):
+    base = [record("source_only", t, seed, v) for t, v in (("t", 0.55), ("u", 0.70)) for seed in range(3)]
+    other = [
+        {**record(m, "x", seed, v), "suite": "z"} for m, v in (("source_only", 0.4), ("n", 0.5)) for seed in range(3)
+    ]
+    table = suites_table(tables.frame([*base, *records, *other]))
+    assert table.head == ["method", "s", "z", "all tasks", "gain", "better on"]
+    # n: tasks 62, 72, 50 against 55, 70, 40; m has no run in z: 53 and 70 against 55 and 70
+    assert table.rows[0] == ["n", "67.0 ± 1.5", "50.0 ± 0.0", "61.3", "+6.3", "3 of 3"]
+    assert table.rows[1] == ["source_only", "62.5 ± 0.0", "40.0 ± 0.0", "55.0", "", ""]
+    assert table.rows[2] == ["m", "61.5 ± 1.8", "-", "-", "-1.0", "0 of 2"]
+    assert table.bold == {(0, 4)}  # nine differences, all of one sign: p = 0.004
+    with pytest.raises(UDAError, match="no method 'erm'"):
+        suites_table(tables.frame(records), baseline="erm")

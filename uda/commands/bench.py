@@ -128,10 +128,13 @@ def table_arguments(parser: argparse.ArgumentParser) -> None:
     from uda.bench.tables import FIGURES
 
     parser.add_argument(
-        "source", nargs="?", metavar="SUITE|LEDGER", help="a suite's YAML file, or a .jsonl ledger"
+        "source", nargs="*", metavar="SUITE|LEDGER", help="a suite's YAML file, or a .jsonl ledger; several for suites"
     )
-    kinds = "methods x tasks; the three figures side by side; what the label-free scores are worth"
-    parser.add_argument("--kind", choices=("accuracy", "figures", "scores"), default="accuracy", help=kinds)
+    kinds = (
+        "methods x tasks; the three figures side by side; what the label-free scores are worth; methods x suites with "
+        "the gain over source_only"
+    )
+    parser.add_argument("--kind", choices=("accuracy", "figures", "scores", "suites"), default="accuracy", help=kinds)
     parser.add_argument("--figure", choices=FIGURES, default="last")
     parser.add_argument(
         "--measure", choices=("target_accuracy", "target_class_accuracy"), default="target_accuracy"
@@ -175,9 +178,17 @@ def made(args: argparse.Namespace, folder: Path = Path(".")) -> str:
     from uda.bench import tables
     from uda.bench.render import render
 
-    if args.source is None:
-        raise UDAError("name a suite or a ledger.")
-    records, tasks, methods = records_of(args.source, folder)
+    if not args.source or (len(args.source) > 1 and args.kind != "suites"):
+        raise UDAError("name a suite or a ledger (one; several for --kind suites).")
+    if args.kind == "suites":
+        from uda.bench.across import suites_table
+
+        records = [r for source in args.source for r in records_of(source, folder)[0]]
+        data = tables.frame(records, args.measure)
+        wanted = tables.pick(tables.in_order(data["method"], None), args.methods, "method")
+        table = suites_table(data, wanted, args.figure, test=args.test, alpha=args.alpha)
+        return render(table, args.format)
+    records, tasks, methods = records_of(args.source[0], folder)
     data = tables.frame(records, args.measure)
     tasks = tables.pick(tables.in_order(data["task"], tasks), args.tasks, "task")
     methods = tables.pick(tables.in_order(data["method"], methods), args.methods, "method")
