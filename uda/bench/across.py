@@ -69,7 +69,8 @@ def suites_table(
         f"Target accuracy in %: {_FIGURE[figure]}; mean ± standard deviation over seeds "
         f"({', '.join(map(str, seeds))}) of a suite's average, and the mean over all {whole} tasks (where a method ran "
         f"on all). Gain: over {baseline}, on the runs that both have; bold where it survives a {TESTS[test]} over "
-        f"(task, seed) pairs, alpha {alpha:g}, two-sided. Better on: tasks on which the mean over seeds is above {baseline}."
+        f"(task, seed) pairs, alpha {alpha:g}, two-sided. Better on: tasks on which the mean over seeds is above "
+        f"{baseline}."
     )
     bold = {(n, len(suites) + 2) for n, i in enumerate(order) if marked[i]}
     return Table(head, [rows[i] for i in order], caption, pd.DataFrame([numbers[i] for i in order]), bold)
