@@ -41,7 +41,7 @@ def __getattr__(name: str) -> Any:
         import importlib
 
         return getattr(importlib.import_module(_PUBLIC[name]), name)
-    if name in ("data", "diagnostics", "hookspecs", "losses", "nn", "optim", "run", "selection", "testing"):
+    if name in ("data", "diagnostics", "hookspecs", "kernels", "losses", "nn", "optim", "run", "selection", "testing"):
         import importlib
 
         return importlib.import_module(f"uda.{name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UDAError(ValueError):
@@ -17,3 +18,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"Did you mean {' or '.join(repr(c) for c in close)}?"
     return f"Known: {', '.join(known)}." if known else "None is known."
+
+
+def check_choice(owner: str, option: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuse a value of an option that is none of its choices.
+
+    Args:
+        owner: whose option it is, such as the plugin's name; option: its name.
+
+    Raises:
+        UDAError: with the choice that is near, or all of them.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        raise UDAError(f"{owner}: unknown {option} {value!r}. {nearest(str(value), choices)}")

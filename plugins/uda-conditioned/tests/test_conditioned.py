@@ -15,7 +15,7 @@ from uda_conditioned.attention import ChannelAttention, ConditionedLayer, decide
 from uda_conditioned.points import condition, find_points
 
 import uda
-from uda.losses import multi_kernel_mmd
+from uda.kernels import multi_kernel_mmd
 from uda.nn import SmallCNN, domain_context, make_backbone
 from uda.testing import check_plugin, check_plugins_ddp
 
@@ -278,7 +278,7 @@ def test_objectives(monkeypatch):
     got = {name: loss.detach() for name, loss in plugin.align_features(step).items()}
     fs, ft, os, ot = (x.detach() for x in (step.source.features, step.target.features, step.source.logits,
                                            step.target.logits))  # fmt: skip
-    five = multi_kernel_mmd(fs, ft)  # tested against loops with the other losses
+    five = multi_kernel_mmd(fs, ft)  # tested against loops with the other kernels
     one = multi_kernel_mmd(os.softmax(1), ot.softmax(1), kernels=1, bandwidth=1.68)
     assert float(got["features"]) == pytest.approx(0.7 * float(five), rel=1e-5)
     assert float(got["logits"]) == pytest.approx(0.7 * float(one), rel=1e-5)

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import uda
-from uda.errors import nearest
-from uda.losses import mean_entropy, multi_kernel_mmd
+from uda.errors import check_choice
+from uda.kernels import multi_kernel_mmd
+from uda.losses import mean_entropy
 from uda.nn import active_domain, domain_context
 from uda_conditioned.attention import ChannelAttention
 from uda_conditioned.points import PLACES, condition
@@ -98,8 +99,7 @@ class DCAN(uda.Plugin):
             ("regulariser", regulariser, REGULARISERS), ("estimator", estimator, ("biased", "circular")),
             ("where", where if isinstance(where, str) else "auto", PLACES),
         ):  # fmt: skip
-            if value not in choices:
-                raise uda.UDAError(f"{name}: unknown {option} {value!r}. {nearest(value, choices)}")
+            check_choice(name, option, value, choices)
         self.weight, self.entropy_weight, self.where, self.reduction = weight, entropy_weight, where, reduction
         self.regulariser, self.random_prob, self.estimator, self.hidden = regulariser, random_prob, estimator, hidden
         self.adapt_lr_scale, self.attention_lr_scale = adapt_lr_scale, attention_lr_scale

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import uda
+from uda.errors import check_choice
 from uda.nn import gather_rows
 from uda_discrepancy.domain_norm import domain_norms, separate_batchnorm
-from uda_discrepancy.kernels import check_choice
 
 
 class Moments:
@@ -107,7 +107,7 @@ class AdaBN(uda.Plugin):
 
     def __init__(self, statistics: str = "pass", per_source: bool = True) -> None:
         super().__init__()
-        check_choice("statistics of AdaBN", statistics, ("pass", "running"))
+        check_choice("AdaBN", "statistics", statistics, ("pass", "running"))
         self.statistics, self.per_source = statistics, per_source
         self.register_buffer("fresh", torch.tensor(False))  # statistics belong to the present weights
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import uda
+from uda.errors import check_choice
 from uda.nn import full, no_autocast
 from uda_discrepancy.base import Discrepancy
-from uda_discrepancy.kernels import check_choice
 
 
 def feature_norms(features: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class AFN(Discrepancy):
         ramp: str = "none",
     ) -> None:
         super().__init__(weight, ramp)
-        check_choice("variant of AFN", variant, ("stepwise", "hard"))
+        check_choice("AFN", "variant", variant, ("stepwise", "hard"))
         if step <= 0 or radius <= 0:
             raise uda.UDAError("AFN: step and radius must be positive.")
         self.variant, self.step, self.radius, self.keep_norm = variant, step, radius, keep_norm

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import uda
+from uda.errors import check_choice
+from uda.kernels import gaussian_kernel, squared_distances
 from uda.nn import full, no_autocast
 from uda.passes import Pools
 from uda_discrepancy.base import KernelDiscrepancy
 from uda_discrepancy.clustering import class_centres, spherical_kmeans
 from uda_discrepancy.domain_norm import separate_batchnorm
-from uda_discrepancy.kernels import check_choice, gaussian_kernel, squared_distances
 
 LAYERS = ("features", "probs", "both")
 
@@ -43,8 +44,7 @@ def contrastive_discrepancy(
         a, b = (x.to(source.dtype) for x in both)  # memberships [n, C], [m, C]
         active = (a.sum(0) > 0) & (b.sum(0) > 0)
         a, b = a * active, b * active
-        ss, tt = squared_distances(source, source), squared_distances(target, target)
-        st = squared_distances(source, target)
+        ss, tt, st = squared_distances(source), squared_distances(target), squared_distances(source, target)
         with torch.no_grad():  # width of the pair (c, c'), [C, C]
             inner_s, inner_t = ((m.T @ d @ m).diagonal() for m, d in ((a, ss), (b, tt)))
             number = a.sum(0)[:, None] + b.sum(0)[None, :]
@@ -115,7 +115,7 @@ class CAN(KernelDiscrepancy):
         ramp: str = "none",
     ) -> None:
         super().__init__(weight, kernels, factor, ramp)
-        check_choice("layers of CAN", layers, LAYERS)
+        check_choice("CAN", "layers", layers, LAYERS)
         if not 0 < max_distance <= 1 or not 0 <= warmup < 1 or min_samples < 1 or iterations < 1:
             raise uda.UDAError(
                 "CAN: max_distance must be in (0, 1], warmup in [0, 1), min_samples and iterations 1 or more."

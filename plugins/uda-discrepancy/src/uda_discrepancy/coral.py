@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 import uda
+from uda.errors import check_choice
 from uda.nn import full, no_autocast
 from uda_discrepancy.base import Discrepancy
-from uda_discrepancy.kernels import check_choice
 
 
 def covariance(x: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ class CORAL(Discrepancy):
         ramp: str = "none",
     ) -> None:
         super().__init__(weight, ramp)
-        check_choice("layer of CORAL", layer, ("logits", "features"))
-        check_choice("normalise of CORAL", normalise, ("paper", "none"))
+        check_choice("CORAL", "layer", layer, ("logits", "features"))
+        check_choice("CORAL", "normalise", normalise, ("paper", "none"))
         self.layer, self.normalise, self.means = layer, normalise, means
 
     @uda.hookimpl

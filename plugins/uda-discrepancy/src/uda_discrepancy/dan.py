@@ -4,30 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 import uda
+from uda.errors import check_choice
+from uda.kernels import ESTIMATORS, multi_kernel_mmd
 from uda_discrepancy.base import KernelDiscrepancy
-from uda_discrepancy.kernels import ESTIMATORS, adaptive_kernel, check_choice, discrepancy
 
 LAYERS = ("features", "logits", "both")
-
-
-def multi_kernel_mmd(
-    source: Tensor, target: Tensor, estimator: str = "unbiased", kernels: int = 5, factor: float = 2.0
-) -> Tensor:
-    """Squared MMD with a sum of Gaussian kernels (Long et al. 2015, equations 2 to 4).
-
-    The kernels are ``exp(-D / (2 alpha_a v))`` with v the mean squared distance of all pairs of the batch, a
-    constant of the step, and alpha_a = 2^-3 ... 2^1; see :func:`~uda_discrepancy.kernels.gaussian_kernel`.
-
-    Args:
-        source: ``[n, F]``; target: ``[m, F]``.
-        estimator: see :func:`~uda_discrepancy.kernels.discrepancy`.
-        kernels, factor: number of kernels and ratio of their variances.
-    """
-    return discrepancy(adaptive_kernel(torch.cat([source, target]), kernels, factor), len(source), estimator)
 
 
 class DAN(KernelDiscrepancy):
@@ -42,7 +26,7 @@ class DAN(KernelDiscrepancy):
         layers: ``features``, ``logits``, or ``both`` (the sum).
         estimator: of the MMD: ``unbiased``, ``biased``, ``linear`` (the paper, for its cost) or ``circular``
             (re-implementations). The first has the same mean as the last two and far less noise, at a cost that does
-            not show at usual batch sizes. See :func:`~uda_discrepancy.kernels.discrepancy`.
+            not show at usual batch sizes. See :func:`uda.kernels.discrepancy`.
         others: as in :class:`~uda_discrepancy.base.KernelDiscrepancy`.
     """
 
@@ -60,8 +44,8 @@ class DAN(KernelDiscrepancy):
         ramp: str = "none",
     ) -> None:
         super().__init__(weight, kernels, factor, ramp)
-        check_choice("layers of DAN", layers, LAYERS)
-        check_choice("estimator of DAN", estimator, ESTIMATORS)
+        check_choice("DAN", "layers", layers, LAYERS)
+        check_choice("DAN", "estimator", estimator, ESTIMATORS)
         self.layers, self.estimator = layers, estimator
 
     @uda.hookimpl

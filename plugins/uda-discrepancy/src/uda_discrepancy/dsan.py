@@ -9,16 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import uda
+from uda.errors import check_choice
+from uda.kernels import multi_kernel_mmd
 from uda.nn import full, no_autocast
 from uda_discrepancy.base import KernelDiscrepancy
-from uda_discrepancy.kernels import adaptive_kernel, check_choice
 
 CLASSES = ("common", "all")
-
-
-def class_shares(probs: Tensor) -> Tensor:
-    """Weights ``w_ic = p_ic / sum_j p_jc`` ``[B, C]`` (Zhu et al. 2020, equation 5); 0 for a class without mass."""
-    return probs / probs.sum(0).clamp_min(torch.finfo(probs.dtype).tiny)
 
 
 def local_mmd(
@@ -32,7 +28,8 @@ def local_mmd(
 ) -> Tensor:
     """MMD between the domains' samples of a class, mean over classes (LMMD; Zhu et al. 2020, equations 4 and 9).
 
-    ``1/|K| sum_{c in K} |sum_i w^s_ic phi(s_i) - sum_j w^t_jc phi(t_j)|^2``, the biased estimate of the paper.
+    ``1/|K| sum_{c in K} |sum_i w^s_ic phi(s_i) - sum_j w^t_jc phi(t_j)|^2`` with the shares ``w_ic = p_ic /
+    sum_j p_jc`` (equation 5), the biased estimate of the paper.
 
     Args:
         source: ``[n, F]`` with classes ``y`` ``[n]`` or distributions ``[n, C]``.
@@ -53,10 +50,11 @@ def local_mmd(
         if classes == "common":
             guessed = torch.zeros_like(shared).index_fill(0, probs.argmax(1), True)
             shared = shared & guessed
-        signed = torch.cat([class_shares(on_source), -class_shares(probs)]) * shared
-        kernel = adaptive_kernel(torch.cat([source, target]), kernels, factor)
+        of_class = multi_kernel_mmd(
+            source, target, "biased", kernels, factor, source_weight=on_source.T, target_weight=probs.T
+        )
         number = shared.sum().clamp_min(1) if classes == "common" else probs.shape[1]
-        return (signed @ signed.T * kernel).sum() / number
+        return (of_class * shared).sum() / number
 
 
 class DSAN(KernelDiscrepancy):
@@ -85,7 +83,7 @@ class DSAN(KernelDiscrepancy):
         ramp: str = "warm_start",
     ) -> None:
         super().__init__(weight, kernels, factor, ramp)
-        check_choice("classes of DSAN", classes, CLASSES)
+        check_choice("DSAN", "classes", classes, CLASSES)
         self.classes, self.soft_gradient = classes, soft_gradient
 
     @uda.hookimpl

@@ -8,16 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import uda
+from uda.errors import check_choice
+from uda.kernels import ESTIMATORS, adaptive_kernel, discrepancy, gaussian_kernel, squared_distances
 from uda.nn import full, no_autocast, reverse_gradient
 from uda_discrepancy.base import KernelDiscrepancy
-from uda_discrepancy.kernels import (
-    ESTIMATORS,
-    adaptive_kernel,
-    check_choice,
-    discrepancy,
-    gaussian_kernel,
-    squared_distances,
-)
 
 
 def joint_mmd(
@@ -32,12 +26,12 @@ def joint_mmd(
 
     Args:
         source: features ``[n, F]`` and probabilities ``[n, C]``; target: ``[m, F]`` and ``[m, C]``.
-        estimator: see :func:`~uda_discrepancy.kernels.discrepancy`.
+        estimator: see :func:`uda.kernels.discrepancy`.
         sigma: width of the single kernel ``exp(-D / (2 sigma^2))`` of the probabilities.
         kernels, factor: of the features' kernels, whose width follows the batch.
     """
     features, probs = (torch.cat(pair) for pair in zip(source, target, strict=True))
-    on_probs = gaussian_kernel(squared_distances(probs, probs), 2 * sigma**2, kernels=1)
+    on_probs = gaussian_kernel(squared_distances(probs), 2 * sigma**2, kernels=1)
     return discrepancy(adaptive_kernel(features, kernels, factor) * on_probs, len(source[0]), estimator)
 
 
@@ -71,7 +65,7 @@ class JAN(KernelDiscrepancy):
         ramp: str = "none",
     ) -> None:
         super().__init__(weight, kernels, factor, ramp)
-        check_choice("estimator of JAN", estimator, ESTIMATORS)
+        check_choice("JAN", "estimator", estimator, ESTIMATORS)
         if sigma <= 0:
             raise uda.UDAError(f"JAN: sigma must be positive, got {sigma}.")
         self.estimator, self.sigma, self.adversarial, self.lr_scale = estimator, sigma, adversarial, lr_scale
