@@ -175,9 +175,8 @@ def remarks(report: Report) -> list[str]:
             out += [w[0].upper() + w[1:] + "." for w in found]
     out += [r for i in range(1, len(report.runs)) if (r := compared(report, i))]
     if report.several:
-        out.append(
-            "Each row is one run: a difference within the spread over seeds means nothing (<code>uda bench</code> runs several)."
-        )
+        words = "Each row is one run: a difference within the spread over seeds means nothing"
+        out.append(f"{words} (<code>uda bench</code> runs several seeds).")
     return out
 
 
