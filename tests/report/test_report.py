@@ -149,7 +149,8 @@ def test_one_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         assert words in page.text, words
     names = {p.stem for p in (tmp_path / "page_figures").iterdir()}
     assert names >= {
-        "accuracy", "objective-1", "score-im", "confusion", "classes", "embedding-domains", "embedding-classes",
+        "accuracy", "objective-classification",
+        "score-im", "confusion", "classes", "embedding-domains", "embedding-classes",
         "embedding-errors", "reliability", "shares",
     }  # fmt: skip
     # nothing is overwritten without a word

@@ -65,15 +65,16 @@ def curves(
     axes.set_title(title)
     axes.margins(x=0.03, y=0.08)
     if legend and len(lines) > 0:
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.17), ncols=2, borderaxespad=0, handlelength=2.2)
+        figure.legend(loc="outside lower left", ncols=2, handlelength=2.2)
     return figure
 
 
 def score_curve(
-    theme: Theme, lines: Sequence[Line], title: str, behind: tuple[np.ndarray, np.ndarray] | None = None
-) -> Any:
+    theme: Theme, lines: Sequence[Line], title: str, behind: tuple[np.ndarray, np.ndarray] | None = None,
+    legend: bool = False,
+) -> Any:  # fmt: skip
     """A label-free score over the steps; ``behind``: the target accuracy as a thin dashed line on its own scale."""
-    figure = curves(theme, lines, title=title, size=(3.5, 2.3), legend=False)
+    figure = curves(theme, lines, title=title, size=(3.5, 2.3), legend=legend)
     axes = figure.axes[0]
     if behind is not None and len(behind[0]):
         other = axes.twinx()
@@ -143,7 +144,7 @@ def class_accuracy(
     table = np.array([class_accuracies(m) for m in counts])
     support = counts[0].sum(1)
     order = shown_classes(table[0])
-    figure, axes = new_figure(5.2 if len(counts) == 1 else 9.0, 0.95 + 0.235 * len(order) + 0.2 * (len(counts) > 1))
+    figure, axes = new_figure(5.2 if len(counts) == 1 else 6.6, 0.95 + 0.235 * len(order) + 0.2 * (len(counts) > 1))
     at = np.arange(len(order))
     if len(counts) == 1:
         axes.barh(at, 100 * table[0, order], color=colors[0], height=0.66)

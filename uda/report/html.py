@@ -47,7 +47,7 @@ code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:
 align-items:start}
 .small{--least:290px}
 .grid+figure{margin-top:20px}
-figure{margin:0;min-width:0}
+figure{margin:0;min-width:0;overflow-x:auto}
 figure>svg{display:block;width:100%;height:auto;margin:0 auto 0 0}
 figure>.t{font-weight:600;font-size:.93rem;margin:.2em 0 .35em}
 figcaption{color:var(--muted);font-size:.86rem;max-width:75ch;margin:.35em 0 0}

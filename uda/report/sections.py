@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from uda.report import figures, measures
 from uda.report.collect import TARGET_ACCURACY, Outcome, Run
 from uda.report.figures import Line, run_color
 from uda.report.html import Cell, Section, bullets, by_labels, details, dot, note, oracle, paragraph, table, text
-from uda.report.style import SOURCE, TARGET, Plot, data_uri, inline_svg
+from uda.report.style import PRINT, SOURCE, TARGET, Plot, data_uri, inline_svg
 from uda.run.summary import percent
 
 RULES = {"last": "last epoch", "selected": "selected without labels", "oracle": "best epoch by target labels"}
@@ -46,7 +47,10 @@ class Report:
         return len(self.runs) > 1
 
     def figure(self, plot: Plot) -> str:
-        """A figure as HTML, and kept so that it can be written as a file."""
+        """A figure as HTML, and kept so that it can be written as a file; names are made safe and unlike others."""
+        name = re.sub(r"[^A-Za-z0-9_.]+", "-", plot.name).strip("-")
+        taken = {p.name for p in self.plots}
+        plot = replace(plot, name=name if name not in taken else f"{name}-{len(self.plots)}")
         self.plots.append(plot)
         title = f'<div class="t">{plot.title}</div>' if plot.title else ""
         caption = f"<figcaption>{plot.caption}</figcaption>" if plot.caption else ""
@@ -334,23 +338,29 @@ def objectives(report: Report) -> str:
         return note("No objective was logged: see trainer.log_every_n_steps.")
     names = sorted(names, key=lambda n: (n == "loss", "/" in n, n))
     out = []
-    for k, name in enumerate(names):
+    for name in names:
         lines = [
             Line(run.name, *run.objectives[name], run_color(i))
             for i, run in enumerate(report.runs)
             if name in run.objectives
         ]
         title = "sum of the objectives" if name == "loss" else name
-        out.append(report.figure(Plot(f"objective-{k + 1}", text(title), trend(title, lines), small(lines))))
+        out.append(report.figure(Plot(f"objective-{name}", text(title), trend(title, lines), small(lines))))
     words = "Objectives and diagnostics by plugin key, at the steps that were logged (trainer.log_every_n_steps)."
     if any(not (r.path / "logs" / "metrics.csv").is_file() for r in report.runs):
         words += " Where there is no metrics.csv, a point is the mean of the logged steps before a validation."
-    return paragraph(text(words)) + report.grid(out, "small")
+    return paragraph(text(words)) + colour_key(report) + report.grid(out, "small")
+
+
+def colour_key(report: Report) -> str:
+    """Which colour is which run."""
+    names = (f"{dot(run_color(i))}{text(r.name)}" for i, r in enumerate(report.runs))
+    return paragraph(" &nbsp; ".join(names)) if report.several else ""
 
 
 def small(lines: list[Line]) -> Callable[[Any], Any]:
     """A small multiple, with lines bound now."""
-    return lambda t: figures.curves(t, lines, size=(3.5, 2.2), legend=False)
+    return lambda t: figures.curves(t, lines, size=(3.5, 2.2), legend=t is PRINT and len(lines) > 1)
 
 
 def trend(name: str, lines: Sequence[Line]) -> str:
@@ -380,12 +390,12 @@ def scores(report: Report) -> str:
         behind = report.runs[0].series(TARGET_ACCURACY) if not report.several else None
         caption = f"Rank correlation with target accuracy {by_labels()}: {', '.join(told)}" if told else ""
         title = f"{name} (selects)" if name in {r.summary["selection"]["score"] for r in report.runs} else name
-        draw = lambda t, ls=lines, b=behind: figures.score_curve(t, ls, "", b)  # noqa: E731
+        draw = lambda t, ls=lines, b=behind: figures.score_curve(t, ls, "", b, t is PRINT and len(ls) > 1)  # noqa: E731
         out.append(report.figure(Plot(f"score-{name}", text(title), trend(f"score {name}", lines), draw, caption)))
     words = "Larger is better for all of them. ◆ is the epoch that the score would take alone."
     if not report.several and len(report.runs[0].series(TARGET_ACCURACY)[0]):
         words += " The thin dashed line and the right scale are the target accuracy in percent, for comparison only."
-    return paragraph(words) + report.grid(out, "small")
+    return paragraph(words) + colour_key(report) + report.grid(out, "small")
 
 
 def taken(run: Run, score: str) -> tuple[tuple[float, float, str], ...]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape, unescape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Plot:
     """A figure to be made.
 
     Attributes:
-        name: of its file; ``title``: above it; ``alt``: what it shows, for those who do not see it.
+        name: of its file; ``title``: HTML above it; ``alt``: what it shows, for those who do not see it.
         draw: makes it with a theme.
         caption: HTML below it.
     """
@@ -82,10 +83,12 @@ def new_figure(width: float, height: float, **kwargs: Any) -> Any:
 
 
 def save(plot: Plot, kind: str) -> bytes:
-    """A figure as a file of its own, on white."""
+    """A figure as a file of its own, on white, with its title in it."""
     out = io.BytesIO()
     with styled(PRINT):
         figure = plot.draw(PRINT)
+        if words := unescape(re.sub(r"<[^>]*>", "", plot.title)):
+            figure.suptitle(words, x=0.02, ha="left", fontsize=10, fontweight="bold")
         extra = {"metadata": {"Date": None}} if kind == "svg" else {"dpi": 200}
         figure.savefig(out, format=kind, facecolor=PRINT.paper, **extra)
     return out.getvalue()
@@ -101,8 +104,6 @@ def inline_svg(plot: Plot) -> str:
 
 def for_page(svg: str, name: str, alt: str) -> str:
     """Matplotlib's SVG file as an element within HTML."""
-    from html import escape
-
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
@@ -116,7 +117,11 @@ def for_page(svg: str, name: str, alt: str) -> str:
     svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
     svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", svg, count=1)
     label = escape(alt, quote=True)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" style="max-width:{width:.0f}px" ', 1).strip()
+    return svg.replace(
+        "<svg ",
+        f'<svg role="img" aria-label="{label}" style="max-width:{width:.0f}px;min-width:{0.62 * width:.0f}px" ',
+        1,
+    ).strip()
 
 
 def data_uri(image: Any) -> str:
