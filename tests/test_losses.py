@@ -225,3 +225,18 @@ def test_adversarial_and_classification_losses_under_autocast(logits, soft):
     full = logits.bfloat16().float()
     assert torch.equal(adversarial, losses.domain_adversarial_loss(full[:, 0], full[:, 1]))
     assert torch.equal(classification, losses.classification_loss(full, soft.float()))
+
+
+def test_class_distributions(soft):
+    ids = torch.tensor([2, 0], dtype=torch.int32)
+    assert losses.class_distributions(ids, 3).tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    assert losses.class_distributions(ids, 3, torch.float64).dtype == torch.float64
+    assert torch.equal(losses.class_distributions(soft, C, soft.dtype), soft)
+
+
+def test_log_of_the_mean_prediction(logits):
+    expected = np.log(_softmax(logits.numpy()).mean(0))
+    np.testing.assert_allclose(losses.log_mean_probs(logits), expected, rtol=1e-12)
+    never = logits.float()
+    never[:, 1] = -300.0  # a probability below what float32 holds
+    assert -320 < float(losses.log_mean_probs(never)[1]) < -290

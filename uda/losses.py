@@ -47,6 +47,11 @@ def classification_loss(
     return loss.mean() if reduction == "mean" else loss
 
 
+def class_distributions(y: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Class ids ``[B]`` as one-hot rows ``[B, C]``; distributions ``[B, C]`` as they are."""
+    return (F.one_hot(y.long(), classes) if y.ndim == 1 else y).to(dtype)
+
+
 def soft_cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -80,6 +85,13 @@ def mean_entropy(logits: Tensor) -> Tensor:
     return entropy(logits).mean()
 
 
+def log_mean_probs(logits: Tensor) -> Tensor:
+    """``log mean_b softmax(z_b)_c``, ``[B, C] -> [C]``: the mean prediction, whose small entries keep their digits."""
+    with no_autocast(logits):
+        log_p = full(logits).log_softmax(1)
+        return log_p.logsumexp(0) - torch.log(log_p.new_tensor(len(log_p)))
+
+
 def information_maximisation(logits: Tensor) -> Tensor:
     """Mutual information of sample and class, ``H(mean_i p_i) - mean_i H(p_i)``, in [0, log C].
 
@@ -87,9 +99,8 @@ def information_maximisation(logits: Tensor) -> Tensor:
     2020, eq. 4 and 5). The loss is its negative.
     """
     with no_autocast(logits):
-        log_p = full(logits).log_softmax(1)
-        log_mean = log_p.logsumexp(0) - torch.log(log_p.new_tensor(len(log_p)))
-        return -(log_mean.exp() * log_mean).sum() + (log_p.exp() * log_p).sum(1).mean()
+        log_mean = log_mean_probs(logits)
+        return -(log_mean.exp() * log_mean).sum() - mean_entropy(logits)
 
 
 def domain_adversarial_loss(

@@ -180,7 +180,7 @@ def test_other_objectives_train_in_the_first_step(make_step, by_hand):
     ("cls", "arguments", "text"),
     [
         (MCD, {"weight": -1.0}, "must not be negative"),
-        (MCD, {"predict": "both"}, "'main' or 'mean'"),
+        (MCD, {"predict": "both"}, "unknown predict.*main, mean"),
         (MCD, {"ramp": "linaer"}, "'linear'"),
         (MCD, {"head_hidden": -1}, "head_hidden"),
         (MCDPhases, {"repeats": 0}, "repeats must be 1 or more"),

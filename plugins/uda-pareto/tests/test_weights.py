@@ -193,7 +193,7 @@ def test_learnt_weights_learn_the_published_gradient():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: MGDA(normalise="l3"), "unknown normalisation"),
+        (lambda: MGDA(normalise="l3"), "unknown normalise"),
         (lambda: PCGrad(level="feature"), "'feature'.*features"),
         (lambda: CAGrad(c=1.0), "in \\[0, 1\\)"),
         (lambda: CAGrad(rescale="half"), "rescale"),

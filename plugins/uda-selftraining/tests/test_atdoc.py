@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -147,41 +146,19 @@ def test_labels_are_constants_and_features_get_no_gradient_of_them(mode):
 
 
 @pytest.mark.parametrize("mode", ["na", "nc"])
-def test_memories_of_two_processes_equal_those_of_one(mode, monkeypatch):
+def test_memories_of_two_processes_equal_those_of_one(mode, two_processes):
     """Two halves of a batch, their exchanges played by two threads, against the whole batch."""
-    slots, meet, rank = [None, None], threading.Barrier(2, timeout=20), threading.local()
-
-    def exchange(tensor):
-        slots[rank.number] = tensor.detach()
-        meet.wait()
-        both = torch.cat(list(slots))
-        meet.wait()
-        return both
-
     whole, halves = built(mode=mode), [built(mode=mode) for _ in range(2)]
     steps = [(*draw(6, seed), torch.tensor(index)) for seed, index in enumerate(BATCHES)]
     for step in steps:
         run(whole, fake_step(*step))
 
     def work(number):
-        rank.number = number
         part = slice(3 * number, 3 * number + 3)
         for step in steps:
             run(halves[number], fake_step(*(t[part] for t in step)))
 
-    def write(bank, index, momentum=None, **values):
-        index, values = exchange(index), {n: exchange(values[n]) for n in sorted(values)}
-        for name, new in values.items():
-            getattr(bank, name)[index] = new
-        bank.filled[index] = True
-
-    monkeypatch.setattr(module, "gather_rows", exchange)
-    monkeypatch.setattr(module.Bank, "write", write)
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    two_processes(module, work)
     for half in halves:
         torch.testing.assert_close(dict(half.named_buffers()), dict(whole.named_buffers()))
 
@@ -218,7 +195,7 @@ def test_pseudo_labels_for_others():
 
 def test_bad_arguments_are_refused():
     for options, text in (
-        ({"mode": "nn"}, "'na' or 'nc'"),
+        ({"mode": "nn"}, "unknown mode 'nn'.*'na'"),
         ({"neighbours": 0}, "must be positive"),
         ({"rate": 0.0}, "rate is a share"),
         ({"ramp": "linaer"}, "'linear'"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -270,18 +269,8 @@ def test_learnable_prototypes_start_each_epoch_from_the_memory():
 
 
 @pytest.mark.parametrize("mass", ["batch", "domain"])
-def test_memories_of_two_processes_equal_those_of_one(mass, monkeypatch):
+def test_memories_of_two_processes_equal_those_of_one(mass, two_processes):
     """Two halves of a batch, their exchanges played by two threads, against the whole batch."""
-    slots, meet = [None, None], threading.Barrier(2, timeout=20)
-    rank = threading.local()
-
-    def exchange(tensor):
-        slots[rank.number] = tensor.detach()
-        meet.wait()
-        both = torch.cat(list(slots))
-        meet.wait()
-        return both
-
     model = fake_model()
     options = {"temperature": 0.2, "prior_rate": 0.2, "mass": mass}
     whole, halves = built(model, **options), [built(model, **options) for _ in range(2)]
@@ -289,25 +278,11 @@ def test_memories_of_two_processes_equal_those_of_one(mass, monkeypatch):
     got: list[list] = [[], []]
 
     def run(number):
-        rank.number = number
         for seed in range(2):
             part = slice(4 * number, 4 * number + 4)
             got[number].append(one_step(halves[number], model, batch(8, seed)[part], index=8 + torch.arange(8)[part]))
 
-    monkeypatch.setattr(module, "gather_rows", exchange)
-    if mass == "domain":  # the bank's own exchange, written from what both hold
-
-        def write(bank, index, **values):
-            index = exchange(index)
-            for name in sorted(values):
-                getattr(bank, name)[index] = exchange(values[name])
-
-        monkeypatch.setattr(module.Bank, "write", write)
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(2)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    two_processes(module, run)
     for half in halves:
         torch.testing.assert_close(half.prior, whole.prior)
         torch.testing.assert_close(half.prototypes, whole.prototypes)

@@ -207,8 +207,8 @@ def test_the_teacher_may_label_and_predict():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"loss": "kl"}, "mse, bce"), ({"statistics": "own"}, "batch, student, average"),
-        ({"predict": "both"}, "student, teacher"), ({"student_view": "plain"}, "x, weak, strong"),
+        ({"loss": "kl"}, "unknown loss.*bce, mse"), ({"statistics": "own"}, "average, batch, student"),
+        ({"predict": "both"}, "unknown predict"), ({"student_view": "plain"}, "unknown student_view.*strong, weak, x"),
         ({"threshold": 1.0}, "threshold"), ({"momentum": 1.1}, "momentum"),
     ],
 )  # fmt: skip

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import uda
-from uda.losses import classification_loss
+from uda.errors import check_choice
+from uda.losses import classification_loss, log_mean_probs
 from uda.nn import full, no_autocast, reverse_gradient
 from uda.nn import ramp as ramp_factor
 from uda_adversarial.two_classifiers import TwoClassifiers, groups_of
@@ -22,9 +23,7 @@ def classifier_discrepancy(logits: Tensor, other: Tensor) -> Tensor:
 
 def class_balance(logits: Tensor) -> Tensor:
     """``-mean_c log mean_b p_bc``: small where all classes are used alike, from logits ``[B, C]``; least: log C."""
-    with no_autocast(logits):
-        log_p = full(logits).log_softmax(1)
-        return -(log_p.logsumexp(0) - torch.log(log_p.new_tensor(len(log_p)))).mean()
+    return -log_mean_probs(logits).mean()
 
 
 class MCD(TwoClassifiers):
@@ -65,8 +64,7 @@ class MCD(TwoClassifiers):
         super().__init__(head_hidden, layers, batch_norm, dropout, lr_scale)
         if min(weight, balance, reversal) < 0:
             raise uda.UDAError(f"{type(self).__name__}: weight, balance and reversal must not be negative.")
-        if predict not in ("main", "mean"):
-            raise uda.UDAError(f"{type(self).__name__}: unknown predict {predict!r}: use 'main' or 'mean'.")
+        check_choice(type(self).__name__, "predict", predict, ("main", "mean"))
         ramp_factor(ramp, 0.0)  # an unknown ramp is refused here
         self.weight, self.balance, self.reversal, self.ramp = weight, balance, reversal, ramp
         self.by_both = predict == "mean"

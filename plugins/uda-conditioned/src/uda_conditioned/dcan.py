@@ -7,13 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import uda
 from uda.errors import check_choice
 from uda.kernels import multi_kernel_mmd
-from uda.losses import mean_entropy
+from uda.losses import class_distributions, mean_entropy
 from uda.nn import active_domain, domain_context
 from uda_conditioned.attention import ChannelAttention
 from uda_conditioned.points import PLACES, condition
@@ -177,7 +176,7 @@ class DCAN(uda.Plugin):
             adapted_logits = model.head(adapted)
         y = step.pooled("y")
         classes = logits.shape[1]
-        one_hot = (F.one_hot(y.long(), classes) if y.ndim == 1 else y).to(logits.dtype).T  # [C, B]
+        one_hot = class_distributions(y, classes, logits.dtype).T  # [C, B]
         subset = one_hot
         if self.regulariser == "random":
             subset = (torch.rand(one_hot.shape, device=y.device) < self.random_prob / classes).to(logits.dtype)

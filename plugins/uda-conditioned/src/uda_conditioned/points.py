@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import uda
-from uda.errors import nearest
+from uda.errors import check_choice, nearest
 from uda.nn import PerDomain, feature_size
 from uda_conditioned.attention import ChannelAttention, ConditionedLayer
 
@@ -113,8 +113,8 @@ def find_points(backbone: nn.Module, input_shape: Sequence[int], where: str | Se
     Raises:
         uda.UDAError: an unknown place, a name that is no module or not usable, or nothing found.
     """
-    if isinstance(where, str) and where not in PLACES:
-        raise uda.UDAError(f"Unknown place of channel attention {where!r}. {nearest(where, PLACES)}")
+    if isinstance(where, str):
+        check_choice("Channel attention", "place", where, PLACES)
     if where in ("auto", "se") and squeezes(backbone):
         return None
     calls = trace(backbone, input_shape)

@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import uda
 from uda.errors import check_choice
 from uda.kernels import multi_kernel_mmd
+from uda.losses import class_distributions
 from uda.nn import full, no_autocast
 from uda_discrepancy.base import KernelDiscrepancy
 
@@ -44,8 +44,7 @@ def local_mmd(
     """
     with no_autocast(source):
         probs = full(probs)
-        on_source = F.one_hot(y, probs.shape[1]) if y.ndim == 1 else y
-        on_source = on_source.to(probs.dtype)
+        on_source = class_distributions(y, probs.shape[1], probs.dtype)
         shared = on_source.sum(0) > 0
         if classes == "common":
             guessed = torch.zeros_like(shared).index_fill(0, probs.argmax(1), True)

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 import uda
+from uda.errors import check_choice
 from uda_pareto.combiner import Combiner, Matrix, Vector
 
 
@@ -67,8 +68,7 @@ class CAGrad(Combiner):
         super().__init__(level, keep_scale)
         if not 0 <= c < 1:
             raise uda.UDAError(f"CAGrad: c must be in [0, 1), got {c}.")
-        if rescale not in ("none", "squared", "linear"):
-            raise uda.UDAError(f"CAGrad: rescale must be 'none', 'squared' or 'linear', not {rescale!r}.")
+        check_choice("CAGrad", "rescale", rescale, ("none", "squared", "linear"))
         self.c, self.rescale = c, rescale
 
     def solve(self, gram: Matrix, losses: Vector, step: uda.Step) -> Vector:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import uda
-from uda.errors import nearest
+from uda.errors import check_choice
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
@@ -24,8 +24,8 @@ def check_level(name: str, level: str | None) -> None:
     Raises:
         UDAError: naming the nearest level.
     """
-    if level is not None and level not in LEVELS:
-        raise uda.UDAError(f"{name}: unknown level {level!r}. {nearest(level, LEVELS)}")
+    if level is not None:
+        check_choice(name, "level", level, LEVELS)
 
 
 def moving(gram: Matrix) -> NDArray[np.bool_]:

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import nnls
 
 import uda
-from uda.errors import nearest
+from uda.errors import check_choice
 from uda.nn import gather_rows
 from uda_pareto.combiner import Combiner, Matrix, Vector
 
@@ -56,8 +56,7 @@ class MGDA(Combiner):
 
     def __init__(self, normalise: str = "none", level: str | None = None, keep_scale: bool = True) -> None:
         super().__init__(level, keep_scale)
-        if normalise not in NORMALISATIONS:
-            raise uda.UDAError(f"MGDA: unknown normalisation {normalise!r}. {nearest(normalise, NORMALISATIONS)}")
+        check_choice("MGDA", "normalise", normalise, NORMALISATIONS)
         self.normalise = normalise
 
     def values(self, objectives: uda.Objectives) -> Vector:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uda.losses import information_maximisation
+from uda.losses import class_distributions, information_maximisation
 from uda.nn import full, no_autocast
 
 
@@ -49,7 +49,7 @@ def class_domain_loss(
     """
     with no_autocast(source):
         source, target = full(source), full(target)
-        member = F.one_hot(y.long(), source.shape[1]).to(source.dtype) if y.ndim == 1 else y.to(source.dtype)
+        member = class_distributions(y, source.shape[1], source.dtype)
         if last_only:
             member = member[-1:].expand_as(source)
         return ((member * F.softplus(-source)).mean() + (belief.detach() * F.softplus(target)).mean()) / 2

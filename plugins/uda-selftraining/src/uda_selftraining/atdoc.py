@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import uda
+from uda.errors import check_choice
 from uda.losses import classification_loss
 from uda.nn import Bank, full, gather_rows, no_autocast
 from uda.nn import ramp as ramp_factor
-from uda_selftraining.get import next_prototypes
+from uda_selftraining.get import first_prototypes, next_prototypes
 
 
 def sharpened(probs: Tensor, temperature: float, mass: Tensor | None = None) -> Tensor:
@@ -77,8 +78,8 @@ class ATDOC(uda.Plugin):
         ramp: str = "linear",
     ) -> None:
         super().__init__()
-        if mode not in ("na", "nc") or absent not in ("skip", "shrink"):
-            raise uda.UDAError(f"ATDOC: mode is 'na' or 'nc' and absent 'skip' or 'shrink', not {mode!r}, {absent!r}.")
+        check_choice("ATDOC", "mode", mode, ("na", "nc"))
+        check_choice("ATDOC", "absent", absent, ("skip", "shrink"))
         if weight < 0 or temperature <= 0 or neighbours < 1:
             raise uda.UDAError("ATDOC: weight must not be negative, temperature and neighbours must be positive.")
         rate = (1.0 if mode == "na" else 0.1) if rate is None else rate
@@ -95,8 +96,7 @@ class ATDOC(uda.Plugin):
         classes, width = model.num_classes, model.feature_dim
         if self.mode == "nc":
             if "centroids" not in self._buffers:
-                random = torch.Generator().manual_seed(model.base_seed)
-                self.register_buffer("centroids", F.normalize(torch.randn(classes, width, generator=random), dim=1))
+                self.register_buffer("centroids", first_prototypes(classes, width, model.base_seed))
         elif self.memory is None:
             if not (size := model.sizes.get(model.target_name, 0)):
                 raise uda.UDAError("ATDOC: mode 'na' keeps a row of each target sample and needs the target's size.")

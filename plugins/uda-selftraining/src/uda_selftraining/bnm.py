@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import uda
-from uda.errors import nearest
+from uda.errors import check_choice
 from uda.nn import full, no_autocast
 from uda.nn import ramp as ramp_factor
 
@@ -58,8 +58,7 @@ class BNM(uda.Plugin):
         super().__init__()
         if weight < 0:
             raise uda.UDAError("BNM: weight must not be negative.")
-        if scale not in SCALES:
-            raise uda.UDAError(f"BNM: unknown scale {scale!r}. {nearest(scale, SCALES)}")
+        check_choice("BNM", "scale", scale, SCALES)
         ramp_factor(ramp, 0.0)  # an unknown ramp is refused here
         self.weight, self.scale, self.fast, self.ramp = weight, scale, fast, ramp
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import uda
-from uda.errors import nearest
+from uda.errors import check_choice
 from uda.losses import soft_cross_entropy
 from uda.nn import Bank, class_vectors, full, gather_rows, no_autocast
 from uda.nn import ramp as ramp_factor
@@ -48,6 +48,11 @@ def next_prior(prior: Tensor, estimate: Tensor, rate: float) -> Tensor:
     estimate = estimate.clamp_min(1e-6)
     moved = ((1 - rate) * prior + rate * estimate / estimate.sum()).clamp_min(1e-6)
     return moved / moved.sum()
+
+
+def first_prototypes(classes: int, width: int, seed: int) -> Tensor:
+    """Random unit vectors ``[C, F]``, equal on all processes."""
+    return F.normalize(torch.randn(classes, width, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
 def next_prototypes(prototypes: Tensor, features: Tensor, label: Tensor, rate: float, skip: bool = True) -> Tensor:
@@ -131,8 +136,7 @@ class GeT(uda.Plugin):
             if not 0 <= locals()[name] <= 1:
                 raise uda.UDAError(f"GeT: {name} is a share in [0, 1], not {locals()[name]}.")
         for name, known in CHOICES.items():
-            if locals()[name] not in known:
-                raise uda.UDAError(f"GeT: unknown {name} {locals()[name]!r}. {nearest(locals()[name], known)}")
+            check_choice("GeT", name, locals()[name], known)
         ramp_factor(ramp, 0.0)  # an unknown ramp is refused here
         self.weight, self.embedding_weight, self.temperature, self.ramp = weight, embedding_weight, temperature, ramp
         self.label_mix, self.prior_rate, self.prototype_rate = label_mix, prior_rate, prototype_rate
@@ -147,8 +151,7 @@ class GeT(uda.Plugin):
         if self.embedding is not None:
             return
         classes, width = model.num_classes, model.feature_dim
-        random = torch.Generator().manual_seed(model.base_seed)
-        start = F.normalize(torch.randn(classes, width, generator=random), dim=1)
+        start = first_prototypes(classes, width, model.base_seed)
         self.register_buffer("prototypes", start)
         self.register_buffer("prior", torch.full((classes,), 1 / classes))
         self.embedding = nn.Parameter(start.clone())

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import uda
+from uda.errors import check_choice
 from uda.nn import EMATeacher, domain_context, full, no_autocast
-from uda_selftraining.pseudo_label import check_view, confident_labels
+from uda_selftraining.pseudo_label import VIEWS, confident_labels
 
 EPSILON = 1e-6  # inside the logarithms of probabilities, as French et al.
 
@@ -110,20 +111,19 @@ class MeanTeacher(uda.Plugin):
         predict: str = "student",
     ) -> None:
         super().__init__()
-        check_view("MeanTeacher", "student_view", student_view)
-        check_view("MeanTeacher", "teacher_view", teacher_view)
         if weight < 0 or balance < 0 or not 0 <= threshold < 1 or not 0 <= momentum <= 1 or not 0 <= ramp_up <= 1:
             raise uda.UDAError(
                 "MeanTeacher: weight and balance must not be negative, threshold is in [0, 1), momentum and ramp_up "
                 "are in [0, 1]."
             )
         for name, value, known in (
+            ("student_view", student_view, VIEWS),
+            ("teacher_view", teacher_view, VIEWS),
             ("loss", loss, ("mse", "bce")),
             ("statistics", statistics, ("batch", "student", "average")),
             ("predict", predict, ("student", "teacher")),
         ):
-            if value not in known:
-                raise uda.UDAError(f"MeanTeacher: {name} is one of {', '.join(known)}, not {value!r}.")
+            check_choice("MeanTeacher", name, value, known)
         self.weight, self.momentum, self.threshold, self.balance = weight, momentum, threshold, balance
         self.loss, self.ramp_up, self.warm_momentum = loss, ramp_up, warm_momentum
         self.student_view, self.teacher_view, self.statistics = student_view, teacher_view, statistics

@@ -8,17 +8,12 @@ import torch
 from torch import Tensor
 
 import uda
+from uda.errors import check_choice
 from uda.losses import classification_loss
 from uda.nn import full, no_autocast
 from uda.nn import ramp as ramp_factor
 
 VIEWS = ("x", "weak", "strong")
-
-
-def check_view(owner: str, argument: str, view: str) -> None:
-    """Raise a :class:`uda.UDAError` unless ``view`` is one of ``x``, ``weak``, ``strong``."""
-    if view not in VIEWS:
-        raise uda.UDAError(f"{owner}: {argument} is one of {', '.join(VIEWS)}, not {view!r}.")
 
 
 def confident_labels(logits: Tensor, threshold: float, soft: bool = False) -> uda.PseudoLabels:
@@ -107,11 +102,10 @@ class PseudoLabel(uda.Plugin):
         soft: bool = False,
     ) -> None:
         super().__init__()
-        check_view("PseudoLabel", "view", view)
+        check_choice("PseudoLabel", "view", view, VIEWS)
         if not (0 <= threshold < 1 and 0 <= warmup < 1):
             raise uda.UDAError(f"PseudoLabel: threshold and warmup are in [0, 1), not {threshold} and {warmup}.")
-        if update not in ("step", "epoch"):
-            raise uda.UDAError(f"PseudoLabel: update is step or epoch, not {update!r}.")
+        check_choice("PseudoLabel", "update", update, ("step", "epoch"))
         start = share if share_start is None else share_start
         if not (0 < share <= 1 and 0 < start <= 1):
             raise uda.UDAError(f"PseudoLabel: share and share_start are in (0, 1], not {share} and {start}.")
@@ -185,11 +179,10 @@ class SelfTraining(uda.Plugin):
 
     def __init__(self, weight: float = 1.0, view: str = "x", mean: str = "batch", ramp: str = "none") -> None:
         super().__init__()
-        check_view("SelfTraining", "view", view)
+        check_choice("SelfTraining", "view", view, VIEWS)
         if weight < 0:
             raise uda.UDAError("SelfTraining: weight must not be negative.")
-        if mean not in ("batch", "kept"):
-            raise uda.UDAError(f"SelfTraining: mean is over the batch or the kept samples, not {mean!r}.")
+        check_choice("SelfTraining", "mean", mean, ("batch", "kept"))
         ramp_factor(ramp, 0.0)  # an unknown ramp is refused here
         self.weight, self.view, self.mean, self.ramp = weight, view, mean, ramp
 
