@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from uda.errors import UDAError, nearest
+from uda.nn.precision import no_autocast
 from uda.ranks import mean_over_ranks
 
 if TYPE_CHECKING:
@@ -38,8 +39,12 @@ def gradients(losses: Sequence[Tensor], inputs: Sequence[Tensor]) -> Grads:
 
 def gram(left: Grads, right: Grads) -> Tensor:
     """Inner products ``[len(left), len(right)]`` in float32."""
-    out = [[sum((a.float() * b.float()).sum() for a, b in zip(x, y, strict=True)) for y in right] for x in left]
-    return torch.stack([torch.stack([torch.as_tensor(v) for v in row]) for row in out])
+    total: Tensor | float = 0.0
+    for xs, ys in zip(zip(*left, strict=True), zip(*right, strict=True), strict=True):  # an input at a time
+        with no_autocast(xs[0]):
+            x, y = (torch.stack([g.flatten() for g in gs]).float() for gs in (xs, ys))
+            total = total + x @ y.T
+    return torch.as_tensor(total)
 
 
 def gated_sum(losses: Sequence[Tensor], weights: Tensor, inputs: Sequence[Tensor], grads: Grads) -> Tensor:
@@ -91,9 +96,16 @@ class Objectives(Mapping[str, Tensor]):
         return found
 
     def grads(self, level: Level) -> Grads:
-        """Gradients of all objectives at a level on this rank; computed once a step."""
+        """Gradients of all objectives at a level on this rank; computed once a step.
+
+        A backward to the parameters passes the features: what :meth:`combine` needs there is kept on the way.
+        """
         if level not in self._cache:
-            self._cache[level] = gradients(list(self._losses.values()), self._inputs(level))
+            on_the_way = [] if level == "features" or self._step.model.reruns_backbone else self._step.gate
+            found = gradients(list(self._losses.values()), [*on_the_way, *self._inputs(level)])
+            self._cache[level] = [g[len(on_the_way) :] for g in found]
+            if on_the_way:
+                self._cache.setdefault("features", [g[: len(on_the_way)] for g in found])
         return self._cache[level]
 
     def gram(self, level: Level | None = None) -> Tensor:
