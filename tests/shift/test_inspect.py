@@ -102,7 +102,7 @@ def test_other_class_shares_are_label_shift(halves):
     assert prior["mlls"]["total_variation"] > 0.15
     assert "Correct the source classifier's prior" in texts(found, "advice", "first")
     assert "marginal" in texts(found, "warning", "caution")
-    assert not {"DANN", "CDAN", "DAN", "DeepCORAL"} & set(found["methods"])
+    assert not {"DANN", "CDAN", "DAN", "CORAL"} & set(found["methods"])
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_both_kinds_at_once_are_told_from_one():
     found = checked(inspect_shift(task(*rows)))
     assert found["verdict"]["setting"] == "both"
     assert found["verdict"]["adapt"] == "caution"
-    assert not {"DANN", "DAN", "DeepCORAL"} & set(found["methods"])
+    assert not {"DANN", "DAN", "CORAL"} & set(found["methods"])
 
 
 def test_absent_classes_are_suspected(halves):
@@ -363,7 +363,7 @@ def test_methods_are_installed_ones_in_order():
     assert try_first("open", plugins) == ["OSBP"]
     assert try_first("none", plugins) == []
     for goal in ("label", "both", "partial", "open"):
-        assert not {"DANN", "DAN", "DeepCORAL"} & set(ORDER[goal])
+        assert not {"DANN", "DAN", "CORAL"} & set(ORDER[goal])
 
 
 # ---------------------------------------------------------------------------------------- command line

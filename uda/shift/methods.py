@@ -10,7 +10,7 @@ from typing import Any
 #: that makes the marginal distributions equal.
 ORDER: dict[str, tuple[str, ...]] = {
     "none": (),
-    "covariate": ("CDAN", "MDD", "MCC", "DSAN", "SHOT", "DANN", "DeepCORAL", "DAN"),
+    "covariate": ("MCC", "CDAN", "DSAN", "FixMatch", "MDD", "SHOT", "DANN", "CORAL", "DAN"),
     "label": ("MCC", "PPOT", "JUMBOT", "SHOT", "NRC"),
     "both": ("MCC", "PPOT", "JUMBOT", "SHOT", "CDAN"),
     "partial": ("PPOT", "BA3US", "PADA", "JUMBOT", "MCC"),
