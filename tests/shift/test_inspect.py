@@ -356,7 +356,7 @@ def test_an_unknown_prior_is_said_with_its_reason(figures):
 def test_methods_are_installed_ones_in_order():
     plugins = {"MCC": ("closed", "partial", "multi-source"), "DANN": ("closed", "multi-source"), "Mdd": ("closed",),
                "CDAN": ("closed",), "Other": ("closed", "partial"), "OSBP": ("open",)}  # fmt: skip
-    assert try_first("covariate", plugins) == ["CDAN", "Mdd", "MCC", "DANN"]
+    assert try_first("covariate", plugins) == ["MCC", "CDAN", "Mdd", "DANN"]
     assert try_first("covariate", plugins, several_sources=True) == ["MCC", "DANN"]
     assert try_first("partial", plugins) == ["MCC"]
     assert try_first("partial", {"Other": ("partial",), "DANN": ("closed",)}) == ["Other"]
