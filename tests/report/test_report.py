@@ -16,8 +16,11 @@ import yaml
 
 import uda
 from uda.cli import main
-from uda.report.collect import Outcome, evaluate, picture, read_run, short_names
-from uda.report.sections import Report, estimated_priors
+from uda.report.collect import Outcome, Run, evaluate, read_run, short_names
+from uda.report.collect.images import picture
+from uda.report.sections import Report
+from uda.report.sections.mistakes import mistakes_of
+from uda.report.sections.shares import estimated_priors
 from uda.run.history import ObjectiveMeans, read_history, write_history
 
 CONFIG = {
@@ -194,8 +197,6 @@ def test_the_model_says_again_what_the_run_wrote(runs: Path) -> None:
 
 
 def test_worst_mistakes_are_shown_as_pictures(runs: Path, tmp_path: Path) -> None:
-    from uda.report.sections import mistakes_of
-
     run = read_run(runs / "bare")
     evaluate(run, "last", "cpu")
     run.target.y[:] = (run.target.label + 1) % 3  # all wrong
@@ -216,8 +217,6 @@ def test_priors_find_a_known_shift() -> None:
         p = 1 / (1 + np.exp(-(3 * (2 * y - 1) + 2 * rng.normal(size=n)) * 1.5))  # log odds of two unit Gaussians
         probs = np.stack([1 - p, p], 1)
         return Outcome(name, name == "t", probs, probs, probs.argmax(1), probs.max(1), y, [])
-
-    from uda.report.collect import Run
 
     run = Run("r", Path(), {}, {}, {}, [], {}, class_names=["a", "b"])
     run.outcomes, run.source_prior = [domain("s", 0.5, 4000), domain("t", 0.85, 4000)], np.array([0.5, 0.5])
