@@ -133,7 +133,8 @@ def test_method_runs_on_digits(name, tmp_path, monkeypatch):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 2
     wanted = yaml.safe_load((ROOT / "configs" / "methods" / name).read_text())["model"]["plugins"]
-    assert set(summary["config"]["model"]["plugins"]) == set(wanted)
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert set(written["model"]["plugins"]) == set(wanted)
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
