@@ -131,7 +131,7 @@ def test_method_runs_on_digits(name, tmp_path, monkeypatch):
     ])  # fmt: skip
     assert code == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["steps"] == 2
+    assert summary["steps"] >= 2  # a method in several phases steps its optimiser several times
     wanted = yaml.safe_load((ROOT / "configs" / "methods" / name).read_text())["model"]["plugins"]
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert set(written["model"]["plugins"]) == set(wanted)

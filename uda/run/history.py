@@ -33,6 +33,14 @@ class ObjectiveMeans:
         self._sums, self._counts = {}, {}
         return out
 
+    def state(self) -> dict[str, dict[str, float]]:
+        """What a checkpoint between two validations must keep."""
+        return {"sums": {name: float(total) for name, total in self._sums.items()}, "counts": dict(self._counts)}
+
+    def load(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Go on from a checkpoint."""
+        self._sums, self._counts = dict(state["sums"]), {k: int(n) for k, n in state["counts"].items()}
+
 
 def write_history(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write ``history.jsonl``, one JSON object a row; what is not finite becomes null."""

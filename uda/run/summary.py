@@ -142,12 +142,14 @@ class RunSummary(L.Callback):
         return self._before + (0.0 if self._since is None else time.monotonic() - self._since)
 
     def state_dict(self) -> dict[str, Any]:
-        """History and seconds."""
-        return {"history": self.history, "seconds": self.seconds}
+        """History, the objectives since its last row, and seconds."""
+        return {"history": self.history, "means": self._means.state(), "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.history, self._before = list(state_dict["history"]), float(state_dict["seconds"])
+        if "means" in state_dict:
+            self._means.load(state_dict["means"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
