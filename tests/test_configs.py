@@ -140,8 +140,9 @@ def test_method_runs_on_digits(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_method_says_how_it_is_run(name):
     text = (ROOT / "configs" / "methods" / name).read_text()
-    line = rf"uda fit --config configs/digits_source_only.yaml( --config \S+)* --config configs/methods/{re.escape(name)}"
-    assert re.search(line, text)  # an addition names the method that it is laid over as well
+    base = r"uda fit --config configs/digits_source_only.yaml"
+    # an addition names the method that it is laid over as well
+    assert re.search(rf"{base}( --config \S+)* --config configs/methods/{re.escape(name)}", text)
     assert f"`{name.removesuffix('.yaml')}`" in (ROOT / "configs" / "README.md").read_text()
 
 
