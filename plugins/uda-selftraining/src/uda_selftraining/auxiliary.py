@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ import uda
 from uda.losses import classification_loss
 
 
-class SideTask(uda.Plugin):
+class SideTask(uda.Plugin, ABC):
     """Base of tasks "which of P changes was made to this image?", trained on source and target alike.
 
     Both domains share the task's head, and need no class label for it, so that the features learn what serves the task
@@ -45,13 +46,13 @@ class SideTask(uda.Plugin):
 
     # ------------------------------------------------------------------------------- what a subclass gives
 
+    @abstractmethod
     def num_labels(self) -> int:
         """Changes that the head tells apart, label 0 (no change) included."""
-        raise NotImplementedError
 
+    @abstractmethod
     def change(self, x: Tensor, label: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` changed as their labels ``[B]`` say, in the same shape."""
-        raise NotImplementedError
 
     def check_shape(self, shape: tuple[int, int, int]) -> None:
         """Raise a :class:`uda.UDAError` for images of a shape (C, H, W) that cannot be changed in this way."""
