@@ -14,6 +14,7 @@ import yaml
 
 import uda
 from uda.cli import main
+from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.run import RunSummary, config_hash
 from uda.run.directory import RunDirectory, default_base, newest_checkpoint, run_of_checkpoint
 from uda.run.logs import RunCSVLogger
@@ -58,7 +59,7 @@ def test_a_run_leaves_everything_and_can_be_repeated_resumed_and_evaluated(
     first = here / "runs" / "tiny" / "seed0"
     out = capsys.readouterr().out
     assert "target labels: report only" in out
-    assert "im (label-free)" in out
+    assert f"{DEFAULT_SCORE} (label-free)" in out
     names = {str(p.relative_to(first)) for p in first.rglob("*") if "tfevents" not in p.name}
     assert names >= {
         "config.yaml", "run.json", "summary.json", "logs/metrics.csv", "checkpoints/last.ckpt",
@@ -67,7 +68,7 @@ def test_a_run_leaves_everything_and_can_be_repeated_resumed_and_evaluated(
     assert list((first / "logs").glob("events*"))
     summary = load(first / "summary.json")
     assert (summary["steps"], summary["epochs"], summary["seed"]) == (30, 2, 0)
-    assert summary["selection"]["score"] == "im"
+    assert summary["selection"]["score"] == DEFAULT_SCORE
     for kind in ("target_accuracy", "target_class_accuracy"):
         assert set(summary[kind]) == {"last", "selected", "oracle"}
         assert all(0 <= v <= 1 for v in summary[kind].values())
@@ -114,7 +115,7 @@ def test_a_run_leaves_everything_and_can_be_repeated_resumed_and_evaluated(
         resumed["target_accuracy"]["selected"]
     )
     assert main(["validate", "--ckpt_path", selected]) == 0
-    assert load(second / "validate.json")["select"]["im"] == pytest.approx(
+    assert load(second / "validate.json")["select"][DEFAULT_SCORE] == pytest.approx(
         resumed["selection"]["value"], abs=1e-5
     )
     assert main(["predict", "--run_dir", str(second), "--ckpt_path", "last", "--probabilities", "true"]) == 0
@@ -222,7 +223,7 @@ def test_the_summary_from_python_selects_without_labels(small_data, quiet_traine
     )
     written = load(tmp_path / "out" / "summary.json")
     assert written == summary.summary
-    scores = [row["select/im"] for row in summary.history]
+    scores = [row[f"select/{DEFAULT_SCORE}"] for row in summary.history]
     best = scores.index(max(scores))
     assert written["selection"]["epoch"] == best
     assert written["target_accuracy"]["selected"] == pytest.approx(

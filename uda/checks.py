@@ -87,7 +87,7 @@ def check_fit(model: UDA) -> None:
                 "score instead: select/im, select/entropy, ... (docs/selection.md)."
             )
     running.total_batches(model)
-    model.score_options.check(model.source_names, model.head)
+    model.score_options.check(model.source_names)
     manual = [k for k, p in model.plugins.items() if p.manual]
     if manual and trainer.precision == "16-mixed":
         raise UDAError(f"Plugin {manual[0]!r} steps by hand and has no loss scaling: use bf16-mixed or 32-true.")

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from uda import data
 from uda.arguments import Arguments, option
 from uda.console import quiet, short_parser_error
+from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.discovery import registry
 from uda.errors import UDAError
 from uda.module import UDA
@@ -62,7 +63,7 @@ class UDACLI(LightningCLI):
                 "--checkpoint_every", type=int, default=0, help="Write last.ckpt each N steps too."
             )
             parser.add_argument(
-                "--select_by", type=str, default="im", help=f"Label-free score: {', '.join(SCORES)}, or vote."
+                "--select_by", type=str, default=DEFAULT_SCORE, help=f"Label-free score: {', '.join(SCORES)}, or vote."
             )
         if self.command == "predict":
             parser.add_argument(

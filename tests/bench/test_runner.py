@@ -9,6 +9,7 @@ from uda.bench.claims import Claims
 from uda.bench.launch import Outcome, prepare
 from uda.bench.ledger import Ledger
 from uda.bench.runner import duration, estimate, listing, run_all
+from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.errors import UDAError
 
 
@@ -27,7 +28,7 @@ def test_every_run_once_and_a_line_for_each(load, fake):
     assert line["metrics"]["target_accuracy"].keys() == {"last", "selected", "oracle"}
     assert line["scores"]["im"]["last"] == 1.0
     assert line["config"]["seed_everything"] == 0
-    assert line["select_by"] == "im"
+    assert line["select_by"] == DEFAULT_SCORE
 
 
 def test_a_finished_run_is_not_run_again(load, fake):

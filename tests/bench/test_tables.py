@@ -13,6 +13,7 @@ import pytest
 from uda.bench import tables
 from uda.bench.across import suites_table
 from uda.bench.render import render
+from uda.bench.scores import scores_over, scores_table
 from uda.bench.statistics import average_by_seed, p_value, spearman, survives
 from uda.errors import UDAError
 
@@ -121,7 +122,7 @@ def test_rank_correlation_of_scores():
         record("m", "t", i, a, score=s) for i, (a, s) in enumerate(zip([0.1, 0.2, 0.3, 0.4], [2, 1, 4, 3], strict=True))
     ]
     rows += [record("m", "u", i, 0.1 * i, score=-i, selected=0.1 * i + 0.01) for i in range(4)]
-    table = tables.scores_table(tables.frame(rows))
+    table = scores_table(tables.frame(rows))
     assert table.rows[0][:4] == ["im", "-0.20", "-1.00", "+0.60"]
 
 
@@ -132,10 +133,19 @@ def test_accuracy_lost_by_selecting_with_a_score():
         record("m", "t", 1, 0.58, selected=0.50, oracle=0.60, score=2.0),  # taken, 4 points below n
         record("n", "t", 1, 0.62, selected=0.62, oracle=0.62, score=1.0),
     ]
-    table = tables.scores_table(tables.frame(rows))
+    table = scores_table(tables.frame(rows))
     # epochs: (4 + 1 + 10 + 0) / 4; methods: (0 + 4) / 2; no score: (6 + 1 + 2 + 0) / 4 and (10 + 0 + 4 + 0) / 4
-    assert table.rows[0][4:] == ["3.75", "2.00"]
-    assert table.rows[1] == ["no score", "", "", "", "2.25", "3.50"]
+    assert table.rows[0][4:] == ["3.75", "2.00", "5.75"]
+    assert table.rows[1] == ["no score", "", "", "", "2.25", "3.50", "5.75"]
+
+
+def test_scores_over_two_ledgers_keep_their_tasks_apart():
+    def rows(sign):
+        return [record("m", "t", i, 0.1 * i, score=sign * i, selected=0.1 * i, oracle=0.1 * i) for i in range(4)]
+
+    table = scores_over([tables.frame(rows(1)), tables.frame(rows(-1))])  # one task name, two tasks
+    assert table.rows[0][1:4] == ["+0.00", "-1.00", "+1.00"]
+    assert "2 tasks" in table.caption
 
 
 def test_class_means_and_runs_without_target_labels(records):

@@ -146,8 +146,8 @@ def test_one_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     for kind in ("target_accuracy", "target_class_accuracy"):
         for value in summary[kind].values():
             assert f" {100 * value:.1f} " in page.text
-    for words in ("source → target: source only", "selected by im", "oracle", "target labels", "Learning curves",
-                  "classification", "Label-free scores", "t-SNE", "20 source images", "BBSE", "ATC",
+    for words in ("source → target: source only", "selected by transfer_score", "oracle", "target labels",
+                  "Learning curves", "classification", "Label-free scores", "t-SNE", "20 source images", "BBSE", "ATC",
                   "The inputs are no images", "Where this comes from", summary["config_hash"]):  # fmt: skip
         assert words in page.text, words
     names = {p.stem for p in (tmp_path / "page_figures").iterdir()}

@@ -108,6 +108,8 @@ def test_transfer_score(pool):
     total = selection.transfer_score(x, pool.target_logits, w, seed=7)
     mutual = naive.information_maximisation(array(pool.target_logits)) / math.log(C)
     assert float(total) == pytest.approx(-uneven + float(selection.hopkins(x, seed=7)) + mutual, rel=1e-6)
+    without = selection.transfer_score(x, pool.target_logits, None, seed=7)  # of a classifier that is not linear
+    assert float(without - total) == pytest.approx(uneven, rel=1e-6)
 
 
 def test_a_simplex_is_even_and_clusters_tend_to_cluster():
@@ -240,5 +242,5 @@ def test_bad_input_is_told():
         selection.cross_fitted_weights(torch.zeros(3, 3), torch.zeros(4, 3))
     with pytest.raises(uda.UDAError, match=r"\(5, 1\) and \(5,\)"):
         selection.dev(torch.ones(5, 1), torch.ones(5))
-    with pytest.raises(uda.UDAError, match="class_vectors"):
-        selection.TransferScore.score(selection.ScorePool(*(torch.zeros(4, 3) for _ in range(4)), torch.zeros(4)))
+    lonely = selection.ScorePool(*(torch.zeros(1, 3) for _ in range(4)), torch.zeros(1))
+    assert selection.TransferScore.score(lonely).isnan()  # one sample has no neighbour

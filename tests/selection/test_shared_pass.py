@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import uda
 from uda.data import DataModule
+from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.run.summary import RunSummary
 from uda.selection import DEFAULT_SCORES, SCORES, needed_scores, running_choice
 from uda.selection.pool import RowSample, draw_order
@@ -25,6 +26,14 @@ from uda.testing.task import TinyTask
 HERE = Path(__file__).resolve()
 LOOSE = {"min_used": 0.0, "max_share": 1.0, "min_rank": 0.0}
 TIGHT = {"min_rank": 100.0}
+
+
+class DeepHead(uda.Plugin):
+    """A classifier of two layers: it has no class vectors."""
+
+    @uda.hookimpl
+    def build(self, model):
+        model.head = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, model.num_classes))
 
 
 def make(**options):
@@ -105,7 +114,9 @@ def test_only_cheap_scores_by_default(small_data, quiet_trainer):
     trainer, model = quiet_trainer(max_epochs=1), make()
     trainer.fit(model, small_data())
     assert set(figures(trainer)) == {*DEFAULT_SCORES, "collapsed"}
-    assert all(SCORES[n].reads == "sums" for n in DEFAULT_SCORES)
+    slow = {n for n in DEFAULT_SCORES if SCORES[n].reads == "mixed" or SCORES[n].needs_source}
+    assert not slow
+    assert [n for n in DEFAULT_SCORES if SCORES[n].reads == "pool"] == [DEFAULT_SCORE]
 
 
 def test_a_checkpoint_does_not_take_a_collapsed_epoch(small_data, quiet_trainer, tmp_path):
@@ -154,9 +165,15 @@ def test_options_are_checked(small_data, quiet_trainer):
     with pytest.raises(uda.UDAError, match="0 or more"):
         make(score_options={"cap": -1})
     with pytest.raises(uda.UDAError, match="'dev' needs source data"):
-        make(scores=["dev"]).score_options.check([], None)
-    with pytest.raises(uda.UDAError, match="weight_vectors"):
-        make(scores=["transfer_score"]).score_options.check(["source"], torch.nn.Identity())
+        make(scores=["dev"]).score_options.check([])
+
+
+def test_a_classifier_without_class_vectors_is_scored_without_their_evenness(small_data, quiet_trainer):
+    model, trainer = make(scores=["transfer_score", "im"], plugins={"deep": DeepHead()}), quiet_trainer(max_epochs=1)
+    trainer.fit(model, small_data())
+    found = figures(trainer)
+    tendency = found["transfer_score"] - found["im"] / math.log(model.num_classes)  # the Hopkins statistic
+    assert 0.4 < tendency < 1
 
 
 def test_options_travel_with_the_checkpoint(small_data, quiet_trainer, tmp_path):

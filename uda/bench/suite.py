@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from uda.bench.merge import content_hash, expanded, merged, with_overrides
+from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.errors import UDAError, nearest
 
 _KEYS = (
@@ -73,7 +74,7 @@ class Suite:
     base: dict[str, Any] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     forced: dict[str, Any] = field(default_factory=dict)
-    select_by: str = "im"
+    select_by: str = DEFAULT_SCORE
     threads: int = 0
     slurm: dict[str, Any] = field(default_factory=dict)
     description: str = ""
@@ -106,7 +107,7 @@ class Suite:
             base=read_yaml(path.parent / spec["base"]) if spec.get("base") else {},
             overrides=dict(spec.get("overrides") or {}),
             forced=dict(overrides or {}),
-            select_by=str(spec.get("select_by", "im")),
+            select_by=str(spec.get("select_by", DEFAULT_SCORE)),
             threads=int(spec.get("threads", 0)),
             slurm=dict(spec.get("slurm") or {}),
             description=str(spec.get("description", "")),

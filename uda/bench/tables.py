@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from uda.bench.ledger import latest
-from uda.bench.statistics import TESTS, average_by_seed, mean_and_spread, spearman, survives
+from uda.bench.statistics import TESTS, average_by_seed, mean_and_spread, survives
 from uda.errors import UDAError, nearest
 
 FIGURES = ("last", "selected", "oracle")
@@ -156,15 +156,16 @@ def _figure(data: pd.DataFrame, figure: str) -> str:
     }[figure]
 
 
-def _seeds(data: pd.DataFrame) -> str:
+def seeds_told(data: pd.DataFrame) -> str:
+    """How many seeds, or which one."""
     seeds = sorted(set(data["seed"]))
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
 
 
 def _spread(data: pd.DataFrame) -> str:
     if data["seed"].nunique() == 1:
-        return f"{_seeds(data)} alone, so no spread"
-    return f"mean ± standard deviation over {_seeds(data)}"
+        return f"{seeds_told(data)} alone, so no spread"
+    return f"mean ± standard deviation over {seeds_told(data)}"
 
 
 def _gaps(pairs: pd.DataFrame) -> str:
@@ -208,46 +209,3 @@ def figures_table(
 
 def _plain(value: float, digits: int) -> str:
     return "-" if value is None or np.isnan(value) else f"{value:.{digits}f}"
-
-
-def scores_table(data: pd.DataFrame, tasks: Sequence[str] | None = None, methods: Sequence[str] | None = None) -> Table:
-    """What each label-free score is worth, best first.
-
-    Spearman's rank correlation, over the runs (methods and seeds) of a task, of the score at the last epoch
-    with the target accuracy there: mean, least and greatest over tasks. Then the points of target accuracy lost
-    against the oracle: by the epoch that the score takes in a run, and by the method that it takes for a task and
-    seed (last epochs); means over runs, and over tasks and seeds.
-    """
-    tasks, methods = in_order(data["task"], tasks), in_order(data["method"], methods)
-    data = data[data["task"].isin(tasks) & data["method"].isin(methods)]
-    best = data.groupby(["task", "seed"])["last"].transform("max")
-    rows, numbers = [], []
-    for name in (c.removeprefix("score:") for c in data.columns if c.startswith("score:")):
-        values = data[f"score:{name}"]
-        found = {t: spearman(values[own.index], own["last"]) for t, own in data.groupby("task")}
-        rho = np.array([v for v in found.values() if not np.isnan(v)])
-        if not len(rho):
-            continue
-        taken = values.groupby([data["task"], data["seed"]]).idxmax().dropna()
-        lost = (data["oracle"] - data[f"chosen:{name}"]).mean(), (best - data["last"])[taken].mean()
-        rows.append([name, *(f"{v:+.2f}" for v in (rho.mean(), rho.min(), rho.max())), *(f"{v:.2f}" for v in lost)])
-        numbers.append({
-            "score": name, "mean": rho.mean(), "least": rho.min(), "greatest": rho.max(),
-            "lost, epoch": lost[0], "lost, method": lost[1],
-        })  # fmt: skip
-    order = sorted(range(len(rows)), key=lambda i: -numbers[i]["mean"])
-    rows, numbers = [rows[i] for i in order], [numbers[i] for i in order]
-    lost = (data["oracle"] - data["last"]).mean(), (best - data["last"]).mean()
-    rows.append(["no score", "", "", "", *(f"{v:.2f}" for v in lost)])
-    numbers.append({"score": "no score", "lost, epoch": lost[0], "lost, method": lost[1]})
-    caption = (
-        "Label-free scores: Spearman's rank correlation of the score at the last epoch with target accuracy, "
-        f"over the {len(methods)} methods x {_seeds(data)} of a task (mean, least and greatest over "
-        f"{len(tasks)} tasks); and the points of target accuracy lost against the oracle by the epoch that the score "
-        "takes, and by the method that it takes for a task and seed. No score: the last epoch, and a method drawn "
-        "at random. Target labels judge the scores here, and chose nothing."
-    )
-    return Table(
-        ["score", "correlation", "least", "greatest", "lost, epoch", "lost, method"], rows, caption,
-        pd.DataFrame(numbers),
-    )  # fmt: skip

@@ -19,6 +19,7 @@ from uda.bench.merge import with_overrides
 from uda.bench.record import read_summary
 from uda.bench.runner import run_all
 from uda.bench.suite import Run, Suite, read_yaml
+from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.errors import UDAError, nearest
 
 
@@ -74,7 +75,7 @@ class Study:
         cls,
         source: Path,
         plugin: str,
-        score: str = "im",
+        score: str = DEFAULT_SCORE,
         method: str | None = None,
         tasks: Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,

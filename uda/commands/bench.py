@@ -12,6 +12,7 @@ import yaml
 
 from uda.bench.ledger import Ledger
 from uda.bench.suite import Suite
+from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.errors import UDAError, nearest
 
 
@@ -178,8 +179,13 @@ def made(args: argparse.Namespace, folder: Path = Path(".")) -> str:
     from uda.bench import tables
     from uda.bench.render import render
 
-    if not args.source or (len(args.source) > 1 and args.kind != "suites"):
-        raise UDAError("name a suite or a ledger (one; several for --kind suites).")
+    if not args.source or (len(args.source) > 1 and args.kind not in ("suites", "scores")):
+        raise UDAError("name a suite or a ledger (one; several for --kind suites or scores).")
+    if args.kind == "scores" and len(args.source) > 1:
+        from uda.bench.scores import scores_over
+
+        frames = [tables.frame(records_of(source, folder)[0], args.measure) for source in args.source]
+        return render(scores_over(frames), args.format)
     if args.kind == "suites":
         from uda.bench.across import suites_table
 
@@ -195,7 +201,9 @@ def made(args: argparse.Namespace, folder: Path = Path(".")) -> str:
     if args.kind == "figures":
         table = tables.figures_table(data, tasks, methods, args.measure)
     elif args.kind == "scores":
-        table = tables.scores_table(data, tasks, methods)
+        from uda.bench.scores import scores_table
+
+        table = scores_table(data, tasks, methods)
     else:
         table = tables.accuracy_table(data, args.figure, tasks, methods, args.test, args.alpha, args.measure)
     return render(table, args.format)
@@ -255,7 +263,7 @@ def tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trials", type=int, default=20, help="in all; a study that was stopped goes on (20)"
     )
-    parser.add_argument("--score", default="im", help="label-free score to make large (im)")
+    parser.add_argument("--score", default=DEFAULT_SCORE, help=f"label-free score to make large ({DEFAULT_SCORE})")
     parser.add_argument("--method", help="of the suite; needed where it has several with this plugin")
     parser.add_argument(
         "--tasks", type=lambda s: s.split(","), help="of the suite (all): the score is their mean"

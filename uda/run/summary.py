@@ -19,6 +19,7 @@ import lightning as L
 import torch
 
 import uda
+from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.described import describe
 from uda.run.history import ObjectiveMeans, write_history
 from uda.selection import monitor_value, needed_scores, running_choice, select_epoch
@@ -116,7 +117,7 @@ class RunSummary(L.Callback):
     def __init__(
         self,
         dirpath: str | Path | None = None,
-        select_by: str = "im",
+        select_by: str = DEFAULT_SCORE,
         config: Mapping[str, Any] | None = None,
         show: bool = True,
     ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.errors import UDAError, nearest
 from uda.selection.registry import SCORES
 
@@ -74,7 +75,7 @@ def _preference(rows: Sequence[Mapping[str, Any]], names: list[str]) -> np.ndarr
     return vote(table)
 
 
-def select_epoch(history: Sequence[Mapping[str, Any]], by: str | Sequence[str] = "im") -> int | None:
+def select_epoch(history: Sequence[Mapping[str, Any]], by: str | Sequence[str] = DEFAULT_SCORE) -> int | None:
     """Position in ``history`` of the validation to take, or None where there is none.
 
     Validations that the collapse guard marked are refused, with a warning if one of them would have been
@@ -101,7 +102,7 @@ def select_epoch(history: Sequence[Mapping[str, Any]], by: str | Sequence[str] =
     return sound[int(np.argmax(_preference([history[i] for i in sound], names)))]
 
 
-def monitor_value(history: Sequence[Mapping[str, Any]], by: str | Sequence[str] = "im") -> float:
+def monitor_value(history: Sequence[Mapping[str, Any]], by: str | Sequence[str] = DEFAULT_SCORE) -> float:
     """A number for the last validation, to be monitored with ``mode="max"``.
 
     Of a single score, its value, and ``-inf`` where the predictions have collapsed. Of a vote, the length of
@@ -119,7 +120,7 @@ def monitor_value(history: Sequence[Mapping[str, Any]], by: str | Sequence[str] 
     return float(len(history)) if won else -math.inf
 
 
-def running_choice(history: Sequence[Mapping[str, Any]], by: str | Sequence[str] = "im") -> int | None:
+def running_choice(history: Sequence[Mapping[str, Any]], by: str | Sequence[str] = DEFAULT_SCORE) -> int | None:
     """Position of the validation whose checkpoint :func:`monitor_value` keeps.
 
     For one score it is that of :func:`select_epoch`.

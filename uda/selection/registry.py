@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.selection.clusters import ClassClusters
 from uda.selection.density import SoftNeighbourhoodDensity
 from uda.selection.importance import DEV, IWV
@@ -28,5 +29,5 @@ SCORES: dict[str, Any] = {
     "mixval": MixVal,
 }
 
-#: From running sums: they cost nothing that shows.
-DEFAULT_SCORES = ("im", "entropy", "diversity", "bnm", "corrc")
+#: The one that chooses, and cheap ones from running sums beside it.
+DEFAULT_SCORES = (DEFAULT_SCORE, "im", "entropy", "diversity", "bnm", "corrc")

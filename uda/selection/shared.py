@@ -58,17 +58,15 @@ class ScoreOptions:
             raise UDAError(f"model.score_options: cap and seed must be 0 or more, got {cap} and {seed}.")
         return cls(names, cap, seed, CollapseGuard(**{k: float(v) for k, v in options.items()}))
 
-    def check(self, sources: list[str], head: Any) -> None:
+    def check(self, sources: list[str]) -> None:
         """Refuse scores that this run cannot have.
 
         Raises:
-            UDAError: a score of the source in a source-free run, or of class vectors that the head lacks.
+            UDAError: a score of the source in a source-free run.
         """
         for name in self.names:
             if SCORES[name].needs_source and not sources:
                 raise UDAError(f"model.scores: {name!r} needs source data, and this run has no source.")
-            if getattr(SCORES[name], "needs_classifier", False) and not hasattr(head, "weight_vectors"):
-                raise UDAError(f"model.scores: {name!r} needs a head with weight_vectors.")
 
 
 class SharedScores:

@@ -49,26 +49,26 @@ def hopkins(features: Tensor, share: float = 0.05, seed: int = 0) -> Tensor:
     return u / (u + w) if u + w > 0 else torch.full((), 0.5, dtype=torch.float64)
 
 
-def transfer_score(features: Tensor, logits: Tensor, class_vectors: Tensor, seed: int = 0) -> Tensor:
+def transfer_score(features: Tensor, logits: Tensor, class_vectors: Tensor | None, seed: int = 0) -> Tensor:
     """``-U + H + M / log C``, at most 2 (Yang et al. 2024).
 
     Features ``[N, F]``, logits ``[N, C]``, classifier weights ``[C, F]``. U is :func:`classifier_unevenness`,
     H :func:`hopkins`, M the mutual information of the whole target; the authors' code averages M over
     batches, which is smaller where a batch has few classes. Fails where the three parts, added without
-    weights, spread differently; it needs a linear classifier.
+    weights, spread differently. Of a classifier that is not linear there are no class vectors (None): U is left
+    out, so that epochs of one run compare, but not runs with and without.
     """
     m = information_maximisation(logits).cpu() / math.log(logits.shape[1])
-    return -classifier_unevenness(class_vectors).cpu() + hopkins(features, seed=seed) + m
+    found = hopkins(features, seed=seed) + m
+    return found if class_vectors is None else found - classifier_unevenness(class_vectors).cpu()
 
 
 class TransferScore(PoolScore):
-    """Metric form of :func:`transfer_score`; needs ``class_vectors`` ``[C, F]``."""
-
-    needs_classifier = True
+    """Metric form of :func:`transfer_score`; takes ``class_vectors`` ``[C, F]`` where the classifier has them."""
 
     @staticmethod
     def score(pool: ScorePool) -> Tensor:
-        """From a pool."""
-        if pool.class_vectors is None:
-            raise UDAError("The transfer score needs class_vectors, the weights of the classifier [C, F].")
+        """From a pool; NaN where there are no two target samples."""
+        if len(pool.target_features) < 2:
+            return torch.full((), torch.nan)
         return transfer_score(pool.target_features, pool.target_logits, pool.class_vectors, pool.seed)
