@@ -8,7 +8,8 @@ import sys
 from typing import NamedTuple
 
 import uda
-from uda.errors import UDAError, nearest
+from uda.commands import installed
+from uda.errors import UDAError
 
 
 class Command(NamedTuple):
@@ -18,7 +19,7 @@ class Command(NamedTuple):
     summary: str
 
 
-#: A new command is one entry here.
+#: A new command of the core is one entry here; distributions bring theirs as entry points (docs/write_a_plugin.md).
 COMMANDS: dict[str, Command] = {
     "fit": Command("uda.lightning_cli", "train from a config, in a run directory of its own"),
     "validate": Command("uda.lightning_cli", "accuracy and label-free scores of a checkpoint"),
@@ -40,8 +41,9 @@ COMMANDS: dict[str, Command] = {
 
 def usage() -> str:
     """The text of ``uda --help``."""
-    width = max(map(len, COMMANDS))
-    rows = "\n".join(f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items())
+    every = {**COMMANDS, **installed.installed(COMMANDS)}
+    width = max(map(len, every))
+    rows = "\n".join(f"  {name:<{width}}  {c.summary}" for name, c in every.items())
     return (
         f"uda {uda.__version__}: unsupervised domain adaptation on PyTorch Lightning\n\n"
         f"usage: uda COMMAND [options]\n\n{rows}\n\n"
@@ -83,11 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version", "version"):
         print(f"uda {uda.__version__}")
         return 0
-    if argv[0] not in COMMANDS:
-        report(UDAError(f"unknown command {argv[0]!r}. {nearest(argv[0], COMMANDS)} `uda --help` lists all."))
-        return 2
     try:
-        code = importlib.import_module(COMMANDS[argv[0]].module).main(argv) or 0
+        name = argv[0]
+        built_in = importlib.import_module(COMMANDS[name].module).main if name in COMMANDS else None
+        code = (built_in or installed.find(name, COMMANDS))(argv) or 0
         sys.stdout.flush()  # here, where a closed pipe can still be handled
         return code
     except KeyboardInterrupt:
