@@ -1,8 +1,10 @@
 """Optimal transport for uda."""
 
+from uda_transport.classical import Transported, transport
 from uda_transport.deepjdot import DeepJDOT
 from uda_transport.jumbot import JUMBOT
+from uda_transport.otda import OTDA
 from uda_transport.sinkhorn import Sinkhorn
 from uda_transport.sliced import SlicedWasserstein
 
-__all__ = ["JUMBOT", "DeepJDOT", "Sinkhorn", "SlicedWasserstein"]
+__all__ = ["JUMBOT", "OTDA", "DeepJDOT", "Sinkhorn", "SlicedWasserstein", "Transported", "transport"]
