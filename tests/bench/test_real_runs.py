@@ -194,5 +194,5 @@ def test_tuning_with_real_runs(suite, capfd):
     pytest.importorskip("optuna")
     assert main(["bench", "tune", suite(), "--plugin", "refine", "--method", "mcc", "--trials", "3"]) == 0
     out = capfd.readouterr().out
-    assert "best of 3 by im" in out
+    assert "best of 3 by transfer_score" in out
     assert "--model.plugins.refine.weight=" in out
