@@ -88,6 +88,15 @@ def test_jcpot_finds_the_class_shares_where_the_plain_plan_cannot():
     assert all(y.min() == 1 for y in ys)  # labels of the caller stay
 
 
+def test_jcpot_of_one_source_is_that_of_the_same_source_twice():
+    (x, y), (z, _) = blobs(30, 0.0, shares=[0.6, 0.3, 0.1]), blobs(20, shift=0.5, seed=5)
+    one, two = transport([x], [y], z, "jcpot", reg=0.1), transport([x, x], [y, y], z, "jcpot", reg=0.1)
+    assert len(one.sources) == 1
+    for a, b in ((one.sources[0], two.sources[0]), (one.target_probs, two.target_probs)):
+        np.testing.assert_allclose(a, b)
+    np.testing.assert_allclose(one.proportions, two.proportions)
+
+
 def test_bad_input():
     (x, y), (z, _) = blobs(), blobs(seed=1)
     bad = x.copy()

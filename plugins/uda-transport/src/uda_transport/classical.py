@@ -123,9 +123,10 @@ def transport(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if several:
-            split = [x / scale for x in sources]
-            adapter.fit(Xs=split, ys=np.split(compact, ends), Xt=target / scale)
-            moved = [x * scale for x in adapter.transform(Xs=split)]
+            copies = 2 if len(sources) == 1 else 1  # POT unpacks a list of one; twice the same has the same solution
+            split, ys = [x / scale for x in sources] * copies, np.split(compact, ends) * copies
+            adapter.fit(Xs=split, ys=ys, Xt=target / scale)
+            moved = [x * scale for x in adapter.transform(Xs=split)][: len(sources)]
         else:
             adapter.fit(Xs=pooled, ys=y, Xt=target)
             moved = np.split(adapter.transform(Xs=pooled), ends)
@@ -133,7 +134,7 @@ def transport(
         warn_once(f"ot.da.{cls.__name__}", "Raise reg, or max_iter where it is offered.")
     if not all(np.isfinite(x).all() for x in moved):
         raise UDAError(f"Transport by {method!r} gave values that are not finite: raise reg, or normalise the cost.")
-    plans = getattr(adapter, "coupling_", None)
+    plans = adapter.coupling_[: len(sources)] if several else getattr(adapter, "coupling_", None)
     probs = None if plans is None else _labels_of_mass(plans, labels, y, classes)
     shares = None
     if several:
