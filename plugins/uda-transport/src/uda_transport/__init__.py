@@ -1,10 +1,14 @@
 """Optimal transport for uda."""
 
 from uda_transport.classical import Transported, transport
+from uda_transport.classifiers import COOTClassifier, UCOOTClassifier
 from uda_transport.deepjdot import DeepJDOT
 from uda_transport.jumbot import JUMBOT
 from uda_transport.otda import OTDA
 from uda_transport.sinkhorn import Sinkhorn
 from uda_transport.sliced import SlicedWasserstein
 
-__all__ = ["JUMBOT", "OTDA", "DeepJDOT", "Sinkhorn", "SlicedWasserstein", "Transported", "transport"]
+__all__ = [
+    "JUMBOT", "OTDA", "COOTClassifier", "DeepJDOT", "Sinkhorn", "SlicedWasserstein", "Transported", "UCOOTClassifier",
+    "transport",
+]  # fmt: skip
