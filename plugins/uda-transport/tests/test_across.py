@@ -92,14 +92,14 @@ def test_permutations_are_found(seed):
     assert found.cost == pytest.approx(0.0, abs=1e-9)
     np.testing.assert_array_equal(found.samples.argmax(0), rows)
     np.testing.assert_array_equal(found.features.argmax(0), columns)
-    loose = ucoot(x, y, (100.0, 100.0), 0.02, features=found.features, max_iter=20)
+    loose = ucoot(x, y, (100.0, 100.0), (0.02, 0.02), features=found.features, max_iter=20)
     np.testing.assert_array_equal(loose.samples.argmax(0), rows)
 
 
 @pytest.mark.parametrize("tensor", [torch.tensor, lambda v: torch.tensor(v, dtype=torch.float32)])
 def test_numpy_and_torch_agree(tensor):
     x, y = matrices(9, 5, 7, 6)
-    for solve in (lambda a, b: coot(a, b, (0.3, 0.3)), lambda a, b: ucoot(a, b, (2.0, 2.0), 0.3)):
+    for solve in (lambda a, b: coot(a, b, (0.3, 0.3)), lambda a, b: ucoot(a, b, (2.0, 2.0), (0.3, 0.2))):
         one, two = solve(x, y), solve(tensor(x), tensor(y))
         np.testing.assert_allclose(one.samples, two.samples.numpy(), atol=2e-4)
         np.testing.assert_allclose(one.features, two.features.numpy(), atol=2e-4)
@@ -127,15 +127,15 @@ def test_warm_start_goes_on():
     warm = coot(x, y, (0.3, 0.3), start=cold, max_iter=200, tol=1e-7)
     assert warm.steps <= 3 < cold.steps
     assert warm.objective == pytest.approx(cold.objective, abs=1e-5)
-    cold = ucoot(x, y, (2.0, 2.0), 0.3, max_iter=200)
-    warm = ucoot(x, y, (2.0, 2.0), 0.3, start=cold, max_iter=200)
+    cold = ucoot(x, y, (2.0, 2.0), (0.3, 0.3), max_iter=200)
+    warm = ucoot(x, y, (2.0, 2.0), (0.3, 0.3), start=cold, max_iter=200)
     assert warm.steps <= 3 < cold.steps
 
 
 def test_ucoot_is_stationary_in_its_objective():
     """Scaled or moved a little, the plans cost more: the objective is written out with KL of whole products."""
     x, y = matrices(6, 3, 5, 4)
-    eps, rho = 0.4, (1.5, 0.8)
+    eps, rho = (0.4, 0.3), (1.5, 0.8)
     found = ucoot(x, y, rho, eps, max_iter=2000, tol=1e-10, inner_iter=20_000, inner_tol=1e-12)
 
     def kl(p, q):
@@ -146,8 +146,8 @@ def test_ucoot_is_stationary_in_its_objective():
         cost = sum((x[i, k] - y[j, h]) ** 2 * p[i, j] * q[k, h] for i, j, k, h in pairs)
         left = kl(np.outer(p.sum(1), q.sum(1)), np.full((6, 3), 1 / 18))
         right = kl(np.outer(p.sum(0), q.sum(0)), np.full((5, 4), 1 / 20))
-        entropy = kl(p, np.full((6, 5), 1 / 30)) + kl(q, np.full((3, 4), 1 / 12))
-        return cost + rho[0] * left + rho[1] * right + eps * entropy
+        entropy = eps[0] * kl(p, np.full((6, 5), 1 / 30)) + eps[1] * kl(q, np.full((3, 4), 1 / 12))
+        return cost + rho[0] * left + rho[1] * right + entropy
 
     best = objective(found.samples, found.features)
     assert found.objective == pytest.approx(best, abs=1e-6)
@@ -159,11 +159,22 @@ def test_ucoot_is_stationary_in_its_objective():
 
 
 def test_pot_takes_the_epsilon_of_the_features_for_the_samples():
-    """Once this fails, POT is mended, and ``ucoot`` may offer an epsilon for each plan."""
+    """Once this fails, POT is mended, and ``ucoot`` may leave its loop to POT."""
     x, y = matrices(9, 5, 7, 6)
     solve = ot.gromov.unbalanced_co_optimal_transport
     plans = [solve(x, y, epsilon=(e, 1.0), unbalanced_solver="sinkhorn", max_iter=5)[0] for e in (0.05, 1.0)]
     np.testing.assert_array_equal(*plans)
+
+
+def test_ucoot_of_equal_epsilons_is_that_of_pot():
+    x, y = matrices(6, 3, 5, 4)
+    theirs = ot.gromov.unbalanced_co_optimal_transport(
+        x, y, reg_marginals=(1.5, 0.8), epsilon=0.4, unbalanced_solver="sinkhorn", rescale_plan=False, max_iter=2000,
+        tol=1e-12, max_iter_ot=20_000, tol_ot=1e-12,
+    )  # fmt: skip
+    ours = ucoot(x, y, (1.5, 0.8), (0.4, 0.4), max_iter=2000, tol=1e-13, inner_iter=20_000, inner_tol=1e-12)
+    np.testing.assert_allclose(ours.samples, theirs[0], atol=1e-5)
+    np.testing.assert_allclose(ours.features, theirs[1], atol=1e-5)
 
 
 def test_outliers_lose_mass_in_ucoot_only():
@@ -179,7 +190,7 @@ def test_outliers_lose_mass_in_ucoot_only():
 
 
 @pytest.mark.parametrize(
-    "classifier", [COOTClassifier(epsilon=0.05), UCOOTClassifier(epsilon=0.05, reg_marginals=10.0)]
+    "classifier", [COOTClassifier(epsilon=0.05), UCOOTClassifier(epsilon=0.05, reg_marginals=2.0)]
 )
 def test_few_labels_settle_the_matching(classifier):
     x, labels, y, truth = spaces()

@@ -120,7 +120,7 @@ def cross(
     known: Any = None,
     method: str = "coot",
     epsilon: float | None = 0.1,
-    epsilon_features: float = 0.0,
+    epsilon_features: float | None = None,
     reg_marginals: float | Sequence[float] = 1.0,
     label_cost: float = 2.0,
     normalise: str = "zscore",
@@ -140,9 +140,9 @@ def cross(
         x, y: features; labels: class ids from 0 to ``classes - 1``.
         known: class ids of labelled target samples, -1 for the others ``[m]``.
         method: ``coot`` or ``ucoot``.
-        epsilon: of the samples' plan (and for ``ucoot`` of both); None tries :data:`SEARCHED` and takes the one with
+        epsilon: of the samples' plan; None tries :data:`SEARCHED` and takes the one with
             the best :func:`agreement`. 0 is exact transport, for ``coot`` only.
-        epsilon_features: of the features' plan in ``coot``; 0 is exact.
+        epsilon_features: of the features' plan; None is 0 (exact) for ``coot``, 0.02 for ``ucoot``.
         reg_marginals: rho of source and target side in ``ucoot``.
         label_cost: of matching a labelled target sample with a source sample of another class.
         normalise: see :func:`common_scale`.
@@ -161,6 +161,8 @@ def cross(
     x, y = checked("source", x, len(np.unique(labels))), checked("target", y, classes)
     if labels.shape != (len(x),) or labels.min() < 0 or labels.max() >= classes:
         raise UDAError(f"The source needs one class id from 0 to {classes - 1} for each of its {len(x)} samples.")
+    if epsilon_features is None:
+        epsilon_features = 0.0 if method == "coot" else 0.02
     known = np.full(len(y), -1) if known is None else np.asarray(known).astype(np.int64)
     if known.shape != (len(y),) or known.max() >= classes:
         raise UDAError(f"Known target labels are class ids below {classes}, or -1, for each of {len(y)} samples.")
@@ -186,7 +188,7 @@ def cross(
             if method == "coot":
                 plans = coot(arrays[0], arrays[1], (eps, epsilon_features), **common)
             else:
-                plans = ucoot(arrays[0], arrays[1], rho, eps, **common)
+                plans = ucoot(arrays[0], arrays[1], rho, (eps, epsilon_features), **common)
             solved.append(plans)
         number = int(np.argmin([p.objective for p in solved]))
         sample_plan = _numpy(solved[number].samples)

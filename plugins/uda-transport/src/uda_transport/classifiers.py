@@ -181,7 +181,8 @@ class UCOOTClassifier(COOTClassifier):
     """The same by unbalanced transport (Tran et al., AAAI 2023): outliers and noisy features may be left out.
 
     Args:
-        epsilon: entropy of both plans, positive; None: tried and chosen without target labels.
+        epsilon: entropy of the samples' plan, positive; None: tried and chosen without target labels.
+        epsilon_features: entropy of the features' plan, positive.
         reg_marginals: what holds the marginals, of the source side and the target side, in units of what the product
             plan costs. Large values approach COOT, small ones leave out more.
         label_cost, normalise, starts, max_samples, min_mass, l2, max_iter, random_state, device: as for COOT.
@@ -191,7 +192,8 @@ class UCOOTClassifier(COOTClassifier):
 
     def __init__(
         self,
-        epsilon: float | None = 0.02,
+        epsilon: float | None = 0.1,
+        epsilon_features: float = 0.02,
         reg_marginals: float | Sequence[float] = 1.0,
         label_cost: float = 2.0,
         normalise: str = "zscore",
@@ -204,9 +206,10 @@ class UCOOTClassifier(COOTClassifier):
         device: str = "cpu",
     ) -> None:
         super().__init__(
-            epsilon, 0.0, label_cost, normalise, starts, max_samples, min_mass, l2, max_iter, random_state, device
-        )
+            epsilon, epsilon_features, label_cost, normalise, starts, max_samples, min_mass, l2, max_iter, random_state,
+            device,
+        )  # fmt: skip
         self.reg_marginals = reg_marginals
 
     def _options(self) -> dict[str, Any]:
-        return {"reg_marginals": self.reg_marginals}
+        return {**super()._options(), "reg_marginals": self.reg_marginals}

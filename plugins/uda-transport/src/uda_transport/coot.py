@@ -93,7 +93,7 @@ def _block(cost: Array, epsilon: float, weights: tuple[Array, Array], dual: Any,
 def _entropy(plan: Array, epsilon: float, nx: Any) -> float:
     if epsilon == 0:
         return 0.0
-    return epsilon * float((plan * nx.log(plan * (plan.shape[0] * plan.shape[1]) + 1e-300)).sum())
+    return epsilon * float((plan * nx.log(plan * (plan.shape[0] * plan.shape[1]) + 1e-38)).sum())
 
 
 def coot(
