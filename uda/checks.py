@@ -20,7 +20,7 @@ _CHOICES = {
     "forward_mode": ("joint", "separate"),
     "gate_level": ("features", "bottleneck", "parameters"),
 }
-SPEC = ("num_classes", "class_names", "input_shape", "sizes", "source_names", "target_name")
+SPEC = ("num_classes", "class_names", "input_shape", "input_shapes", "sizes", "source_names", "target_name")
 
 
 
@@ -68,8 +68,8 @@ def take_spec(model: UDA, datamodule: Any) -> None:
             "give the same classes in the same order (data.classes)."
         )
     for name in SPEC:
-        setattr(model, name, spec[name])
-    model.hparams.update({name: spec[name] for name in SPEC})
+        setattr(model, name, spec.get(name))
+    model.hparams.update({name: spec.get(name) for name in SPEC})
 
 
 def check_fit(model: UDA) -> None:

@@ -18,7 +18,7 @@ from uda.evaluation import EvaluationLoop
 from uda.gate import Level
 from uda.hooks import Hooks, require_manual
 from uda.manual import ManualUpdates
-from uda.nn import Bottleneck, domain_context, feature_size, make_backbone, make_head, use_channels_last
+from uda.nn import Bottleneck, domain_context, domain_feature_size, make_backbone, make_head, use_channels_last
 from uda.optim import InverseDecay, Schedule, build_optimizer, build_scheduler, default_optimizer
 from uda.plugin import DataNeeds, Plugin
 from uda.selection.shared import ScoreOptions
@@ -49,8 +49,8 @@ class UDA(EvaluationLoop):
         compile_backbone: run the backbone through ``torch.compile``; ``channels_last``: images channels last.
         check_finite: stop at the first NaN or infinite objective, naming step, objective and plugin.
         scores, score_options: label-free scores (None: cheap ones), their cap, seed, thresholds (docs/selection.md).
-        num_classes, class_names, input_shape, sizes, source_names, target_name: filled in from the data module;
-            to be given only where there is none.
+        num_classes, class_names, input_shape, input_shapes, sizes, source_names, target_name: filled in from the data
+            module; to be given only where there is none (input_shapes, by domain, only where domains differ).
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class UDA(EvaluationLoop):
         num_classes: int | None = None,
         class_names: list[str] | None = None,
         input_shape: list[int] | None = None,
+        input_shapes: dict[str, list[int]] | None = None,
         sizes: dict[str, int] | None = None,
         source_names: list[str] | None = None,
         target_name: str | None = None,
@@ -101,7 +102,8 @@ class UDA(EvaluationLoop):
         self.automatic_optimization = not any(p.manual for p in plugins.values())
         self.reruns_backbone = any(p.reruns_backbone for p in plugins.values())
         self.base_seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**31))
-        self.num_classes, self.class_names, self.input_shape = num_classes, class_names, input_shape
+        self.num_classes, self.class_names = num_classes, class_names
+        self.input_shape, self.input_shapes = input_shape, input_shapes
         self.sizes, self.source_names = dict(sizes or {}), list(source_names or [])
         self.target_name = target_name or "target"
         self.feature_dim: int | None = None
@@ -127,7 +129,8 @@ class UDA(EvaluationLoop):
 
     def _build(self) -> None:
         width, norm, dropout, head = self._head_spec
-        size = feature_size(self.backbone, tuple(self.input_shape))
+        shapes = self.input_shapes or {self.target_name: self.input_shape}
+        size = domain_feature_size(self.backbone, shapes, self.target_name)
         self.bottleneck = Bottleneck(size, width, norm=norm, dropout=dropout) if width else nn.Identity()
         self.feature_dim = width or size
         self.head = make_head(head, self.feature_dim, self.num_classes)

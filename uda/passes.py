@@ -80,6 +80,20 @@ class PoolCollector:
         )  # fmt: skip
 
 
+def raw_inputs(model: UDA, name: str) -> Tensor:
+    """Inputs of a domain's whole training pool in the test view ``[N, ...]``, in index order and equal on all ranks.
+
+    For methods that look at the data themselves, such as fixed features; a domain of images may not fit into memory.
+    """
+    trainer, index, rows = model.trainer, [], []
+    for batch in trainer.datamodule.pool_dataloader(name):
+        batch = trainer.strategy.batch_to_device(batch, model.device)
+        own = model.owned_rows(batch["index"])
+        index.append(batch["index"][own])
+        rows.append(batch["x"][own].float())
+    return gather_domain(model.sizes[name], torch.cat(index), torch.cat(rows))
+
+
 @torch.no_grad()
 def walk(model: UDA, name: str, role: str, loader: Any) -> DomainPool:
     """Pass the whole pool of a domain through the model in evaluation mode, without touching any random state.

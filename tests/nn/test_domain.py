@@ -5,7 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
+import uda
+from uda.data import DataModule
 from uda.described import describe
 from uda.errors import UDAError
 from uda.nn import (
@@ -17,6 +20,7 @@ from uda.nn import (
     active_domain,
     convert_batchnorm,
     domain_context,
+    domain_feature_size,
     feature_size,
     spread_batchnorm,
 )
@@ -133,3 +137,25 @@ def test_backbones_that_do_not_fit_are_refused():
         PerDomain({"source": "mlp", "target": "mlp"})
     with pytest.raises(UDAError, match="at least one"):
         PerDomain({})
+
+
+def test_features_of_domains_of_different_shapes():
+    net = PerDomain({"s": MLP((4,), in_features=6), "target": MLP((4,), in_features=3)})
+    assert domain_feature_size(net, {"s": [6], "t": [3]}, "t") == 4
+    with pytest.raises(UDAError, match="does not accept"):
+        domain_feature_size(net, {"s": [3], "t": [6]}, "t")
+    with pytest.raises(UDAError, match="equally many"):
+        domain_feature_size(Identity(), {"s": [6], "t": [3]}, "t")
+
+
+def test_heterogeneous_data_size_the_model():
+    data = DataModule.from_datasets(rows(6), rows(3), batch_size=4, heterogeneous=True)
+    assert data.spec["input_shapes"] == {"source": [6], "target": [3]}
+    net = {"source": MLP((4,), in_features=6), "target": MLP((4,), in_features=3)}
+    model = uda.UDA(PerDomain(net), bottleneck=0, **data.spec)
+    assert model.feature_dim == 4
+    assert model(torch.zeros(2, 3)).shape == (2, 2)
+
+
+def rows(width):
+    return TensorDataset(torch.randn(20, width), torch.arange(20) % 2)

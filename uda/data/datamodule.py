@@ -200,7 +200,9 @@ class DataModule(L.LightningDataModule):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What a model must know of the data, in plain types."""
+        """What a model must know of the data, in plain types; ``input_shapes`` only where domains differ."""
+        shapes = self.input_shapes
+        several = len(set(shapes.values())) > 1
         return {
             "num_classes": self.num_classes,
             "class_names": self.class_names,
@@ -208,7 +210,7 @@ class DataModule(L.LightningDataModule):
             "sizes": self.sizes,
             "source_names": list(self.source_names),
             "target_name": self.target_name,
-        }
+        } | ({"input_shapes": {n: list(s) for n, s in shapes.items()}} if several else {})
 
     def ids(self, domain: str) -> list[str]:
         """Name of each row (path or number) of a domain's evaluation pool, in the order of ``index``."""

@@ -13,7 +13,7 @@ _HOMES = {
     "bank": ("Bank", "gather_domain", "gather_rows"),
     "domain": (
         "ActiveDomain", "DomainBatchNorm", "PerDomain", "active_domain", "convert_batchnorm",
-        "domain_context", "spread_batchnorm",
+        "domain_context", "domain_feature_size", "spread_batchnorm",
     ),
     "ema": ("EMATeacher",),
     "factory": ("feature_size", "make_backbone", "use_channels_last"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from uda.errors import UDAError, nearest
 from uda.nn.backbones import Backbone
-from uda.nn.factory import make_backbone
+from uda.nn.factory import feature_size, make_backbone
 
 Role = Literal["source", "target", "held_out", "joint"]
 
@@ -51,6 +51,24 @@ def domain_context(
         yield _ACTIVE.get()  # type: ignore[misc]
     finally:
         _ACTIVE.reset(token)
+
+
+def domain_feature_size(backbone: nn.Module, shapes: Mapping[str, Sequence[int]], target: str) -> int:
+    """F of a backbone for domains whose inputs differ in shape, by a dry forward of each.
+
+    Args:
+        shapes: of one input, by domain name; target: which of them is the target.
+
+    Raises:
+        UDAError: a backbone that refuses a domain's shape, or gives the domains different numbers of features.
+    """
+    sizes = {}
+    for name, shape in shapes.items():
+        with domain_context(name, "target" if name == target else "source"):
+            sizes[name] = feature_size(backbone, tuple(shape))
+    if len(set(sizes.values())) > 1:
+        raise UDAError(f"The backbone must give all domains equally many features, but gives {sizes}.")
+    return next(iter(sizes.values()))
 
 
 def _key(name: str) -> str:
