@@ -24,7 +24,7 @@ def prepare(model: UDA, step: Step) -> None:
 
 
 def collect(model: UDA, step: Step) -> None:
-    """Fill ``step.objectives``: classification of the sources, then the hooks align, pseudo-label and refine.
+    """Fill ``step.objectives``: classification of sources and labelled target rows, then align, pseudo-label, refine.
 
     Raises:
         UDAError: where there is none.
@@ -33,6 +33,8 @@ def collect(model: UDA, step: Step) -> None:
     if step.sources:
         losses = {n: classification_loss(b.logits, b.y, model.label_smoothing) for n, b in step.sources.items()}
         objectives["classification"] = step.domain_mean(losses)
+    if (few := step.labelled) is not None:
+        objectives["labelled_target"] = classification_loss(few.logits, few.y, model.label_smoothing)
     for hook in ("align_features", "refine_classifier"):
         if hook == "refine_classifier" and step.target is not None:
             _, step.target.pseudo = model.hooks.first("pseudo_label", step=step)
@@ -62,7 +64,7 @@ def again(step: Step) -> Step:
         return {n: v.x for n, v in batch.views.items()} | {k: v for k, v in extra.items() if v is not None}
 
     data: dict[str, Any] = {"sources": {n: inputs(b) for n, b in step.sources.items()}}
-    data |= {r: inputs(getattr(step, r)) for r in ("target", "held_out") if getattr(step, r) is not None}
+    data |= {r: inputs(getattr(step, r)) for r in ("target", "held_out", "labelled") if getattr(step, r) is not None}
     fresh = Step(step.model, data, step.progress, step.batch_idx, step.index)
     if (prepared := getattr(step, "prepared", None)) is not None:
         caches, given = prepared
@@ -78,7 +80,7 @@ def again(step: Step) -> Step:
 
 
 def _owners(step: Step) -> list[Any]:
-    return [step, *step.sources.values(), *(b for b in (step.target, step.held_out) if b is not None)]
+    return [step, *step.sources.values(), *(b for b in (step.target, step.held_out, step.labelled) if b is not None)]
 
 
 def _left(step: Step) -> tuple[list[dict[str, Any]], list[tuple[int, str, Tensor, Tensor | None]]]:

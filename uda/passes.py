@@ -21,7 +21,8 @@ class DomainPool:
     Attributes:
         name: domain name; ``role``: ``"source"`` or ``"target"``.
         features: ``[N, F]``; ``logits``: ``[N, C]``; float32, on the model's device.
-        y: class ids ``[N]`` on a source, None on a target: no target label comes this way.
+        y: class ids ``[N]`` on a source, None on a target: no target label comes this way. In a semi-supervised run
+            (``data.labelled_target``) the target's labelled samples have theirs, and the others -1.
     """
 
     name: str

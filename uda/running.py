@@ -217,6 +217,8 @@ def refresh_if_due(model: UDA, batch_idx: int, index: int) -> None:
 
     sources = {n: pool(n, "source") for n in model.source_names} if "source" in needs.refresh else {}
     target = pool(model.target_name, "target") if "target" in needs.refresh else None
+    if target is not None and (known := getattr(datamodule, "labelled", None)) is not None:
+        target.y = known.to(model.device)
     seed_step(model.base_seed, index, 0, model.device, salt=1)  # equal on all ranks: what a refresh draws must be, too
     with torch.no_grad():
         model.hooks.all("refresh", model=model, bank=Pools(sources, target))

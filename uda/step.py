@@ -66,9 +66,9 @@ class DomainBatch:
     """The samples of one domain in a step.
 
     Attributes:
-        name: domain name; ``role``: ``"source"``, ``"target"`` or ``"held_out"``.
+        name: domain name; ``role``: ``"source"``, ``"target"``, ``"held_out"`` or ``"labelled"``.
         views: ``{"x": View, "weak": View, "strong": View}``, those that are loaded.
-        y: class ids ``[B]`` (or a distribution ``[B, C]`` after mixing); None on a target.
+        y: class ids ``[B]`` (or a distribution ``[B, C]`` after mixing); None on an unlabelled target.
         index: position of each sample in its domain's training pool ``[B]``.
         pseudo: pseudo-labels of this step, on the target only.
         cache: free space for a plugin's intermediates; keys should start with the plugin's key.
@@ -79,7 +79,7 @@ class DomainBatch:
     def __init__(self, model: UDA, name: str, role: str, data: dict[str, Tensor], step: Step | None = None) -> None:
         self.model, self.name, self.role, self._step = model, name, role, step
         self.views = {v: View(self, v, data[v]) for v in VIEWS if v in data}
-        self.y: Tensor | None = data.get("y") if role == "source" else None
+        self.y: Tensor | None = data.get("y") if role in ("source", "labelled") else None
         self.index: Tensor | None = data.get("index")
         self.pseudo: PseudoLabels | None = None
         self.cache: dict[str, Any] = {}
@@ -138,6 +138,7 @@ class Step:
         sources: source batches by domain name; ``source`` is the first one (None when source-free).
         target: the unlabelled target batch (None in plain source-only training).
         held_out: unlabelled target batch that no objective trains on, where asked for.
+        labelled: target batch with labels; None but in a semi-supervised run (``data.labelled_target``).
         progress: share of the whole training that is done, in [0, 1].
         batch_idx: batch number in the epoch; ``index``: batch number in the whole training.
         objectives: ``{name: scalar}`` so far.
@@ -153,7 +154,9 @@ class Step:
         name = model.target_name
         self.target = None if target is None else DomainBatch(model, name, "target", target, self)
         self.held_out = None if held_out is None else DomainBatch(model, name, "held_out", held_out, self)
-        self.joint = [*self.sources.values(), *([self.target] if self.target else [])]
+        labelled = data.get("labelled")
+        self.labelled = None if labelled is None else DomainBatch(model, name, "labelled", labelled, self)
+        self.joint = [*self.sources.values(), *(b for b in (self.target, self.labelled) if b is not None)]
         self.objectives: dict[str, Tensor] = {}
         self.gate: list[Tensor] = []
         self.updated = False

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from uda.data import Arrays, DataModule, Generated, ImageFolders, ImageViews, valid_rows
+from uda.errors import UDAError
 
 
 class FakeTrainer:
@@ -170,3 +171,23 @@ def test_all_stages_run(trainer, recorder):
     trainer(max_epochs=1, num_sanity_val_steps=2).fit(model, data)
     trainer().test(model, data)
     assert set(model.evaluated) == {0, 1}
+
+
+def test_labelled_target_samples_are_asked_for_and_not_evaluated_on(npz):
+    plain = DataModule(Arrays(npz), ["a"], "c", batch_size=4)
+    assert plain.labelled is None
+    assert "labelled" not in plain.train_dataloader().iterables
+    source = DataModule(Arrays(npz), ["a"], "b", batch_size=4, labelled_target=2)
+    known = source.labelled
+    assert torch.bincount(known[known >= 0]).tolist() == [2] * source.num_classes
+    shown = collect(source.val_dataloader()[-1])["y"]
+    assert ((shown == -1) == (known >= 0)).all()
+    batch = next(iter(source.train_dataloader().iterables["labelled"]))
+    assert (known[batch["index"]] == batch["y"]).all()
+    assert "y" not in next(iter(source.train_dataloader().iterables["target"]))
+    with pytest.raises(UDAError, match="has no labels"):
+        DataModule(Arrays(npz), ["a"], "c", labelled_target=2).task  # noqa: B018
+    with pytest.raises(UDAError, match="ask for fewer"):
+        DataModule(Arrays(npz), ["a"], "b", labelled_target=500).task  # noqa: B018
+    with pytest.raises(UDAError, match="0 or more"):
+        DataModule(Arrays(npz), ["a"], "b", labelled_target=-1)

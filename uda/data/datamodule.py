@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 from lightning.pytorch.utilities import CombinedLoader
+from torch import LongTensor
 
 from uda.data.batches import BadImageLog, Request
 from uda.data.checks import check_batches, check_domains, check_settings, check_shapes
@@ -15,6 +16,7 @@ from uda.data.classes import ClassSplit, as_split
 from uda.data.default_views import default_views
 from uda.data.feeds import Feeds
 from uda.data.imbalance import check_keep
+from uda.data.labelled import with_labelled_target
 from uda.data.loaders import ShardedLoader
 from uda.data.needs import needs_of
 from uda.data.pools import DomainPools, Task, make_task
@@ -56,6 +58,9 @@ class DataModule(L.LightningDataModule):
             names ``first_half`` and ``second_half`` stand for the first ``floor(C / 2)`` classes and the others:
             ``{my_target: {first_half: 0.3}}``. What stays is the same for all seeds, and is trained and evaluated on.
         heterogeneous: let domains differ in input shape.
+        labelled_target: samples a class of the target whose labels the training may use, drawn by the seed: the
+            semi-supervised setting. They are not evaluated on, and come as batches ``labelled`` (``step.labelled``).
+            0, the default, is unsupervised: no target label reaches the training.
         views: the transforms; None: by kind of input.
         sampling: of the sources; ``class_balanced`` draws every class equally often.
         on_bad_image: ``stop`` with an error that names the file, or ``skip`` it for another and report the
@@ -81,6 +86,7 @@ class DataModule(L.LightningDataModule):
         allow_missing_classes: bool = False,
         keep: dict[str, dict[str, float]] | None = None,
         heterogeneous: bool = False,
+        labelled_target: int = 0,
         views: Views | None = None,
         sampling: Literal["uniform", "class_balanced"] = "uniform",
         on_bad_image: Literal["stop", "skip"] = "stop",
@@ -102,7 +108,9 @@ class DataModule(L.LightningDataModule):
         self.held_out_fraction = held_out_fraction
         self.classes = as_split(classes)
         self.allow_missing_classes, self.heterogeneous = allow_missing_classes, heterogeneous
-        self.keep = check_keep(keep)
+        self.keep, self.labelled_target = check_keep(keep), labelled_target
+        if labelled_target < 0:
+            raise UDAError(f"data.labelled_target must be 0 or more samples a class, not {labelled_target}")
         self.views, self.sampling, self.on_bad_image = views, sampling, on_bad_image
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self._seed = seed
@@ -164,6 +172,8 @@ class DataModule(L.LightningDataModule):
                 self.seed,
                 self.keep,
             )
+            if self.labelled_target:
+                self._task = with_labelled_target(self._task, self.labelled_target, self.seed)
         return self._task
 
     @property
@@ -211,6 +221,11 @@ class DataModule(L.LightningDataModule):
             "source_names": list(self.source_names),
             "target_name": self.target_name,
         } | ({"input_shapes": {n: list(s) for n, s in shapes.items()}} if several else {})
+
+    @property
+    def labelled(self) -> LongTensor | None:
+        """Class ids of the labelled target samples by pool position, -1 elsewhere; None in an unsupervised run."""
+        return self.task.labelled
 
     def ids(self, domain: str) -> list[str]:
         """Name of each row (path or number) of a domain's evaluation pool, in the order of ``index``."""

@@ -54,6 +54,8 @@ class Feeds:
     ) -> dict[str, Any]:
         """Stream loaders ``{"sources": {name: loader}, "target": loader, "held_out": loader}``, those needed.
 
+        In a semi-supervised task ``"labelled"`` is among them: the labelled target samples, with ``y``.
+
         Raises:
             UDAError: nothing is needed that the task has; held-out batches are needed but their share is 0.
         """
@@ -88,6 +90,12 @@ class Feeds:
                 stream = UniformStream(members[role], self.seed, f"{role}/{target.name}")
                 dataset = self.dataset(target, target.train, _with_views(needs.views))
                 loaders[role] = self._stream(dataset, stream, target_batch_size, steps, target.name)
+        if (known := self.task.labelled) is not None:
+            members = np.flatnonzero(known.numpy() >= 0)
+            dataset = self.dataset(target, Pool(target.train.rows, known), _with_views(frozenset()), labelled=True)
+            stream = UniformStream(members, self.seed, f"labelled/{target.name}")
+            size = min(target_batch_size, max(1, len(members) // self.world))
+            loaders["labelled"] = self._stream(dataset, stream, size, steps, target.name)
         return loaders
 
     def _source(

@@ -49,11 +49,16 @@ class DomainPools:
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that is known once the domains are read."""
+    """Everything that is known once the domains are read.
+
+    ``labelled`` is there in a semi-supervised run only: class ids of the target's labelled training samples,
+    -1 for the others, int64 [N].
+    """
 
     space: LabelSpace
     sources: list[DomainPools]
     target: DomainPools
+    labelled: LongTensor | None = None
 
     def all(self) -> list[DomainPools]:
         """Sources, then the target."""

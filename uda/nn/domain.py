@@ -17,7 +17,7 @@ from uda.errors import UDAError, nearest
 from uda.nn.backbones import Backbone
 from uda.nn.factory import feature_size, make_backbone
 
-Role = Literal["source", "target", "held_out", "joint"]
+Role = Literal["source", "target", "held_out", "labelled", "joint"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _key(name: str) -> str:
 
 
 def choose(keys: Iterable[str], what: str) -> str:
-    """Key for the active domain: its name, else its role, held-out samples as the target.
+    """Key for the active domain: its name, else its role, held-out and labelled samples as the target.
 
     Without an active domain it is ``"target"``, the domain that a deployed model serves.
 
@@ -89,7 +89,7 @@ def choose(keys: Iterable[str], what: str) -> str:
     if domain is None:
         wanted = ["target"]
     else:
-        wanted = [_key(domain.name), domain.role, *(["target"] if domain.role == "held_out" else [])]
+        wanted = [_key(domain.name), domain.role, *(["target"] if domain.role in ("held_out", "labelled") else [])]
     for key in wanted:
         if key in keys:
             return key

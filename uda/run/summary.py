@@ -233,7 +233,9 @@ class RunSummary(L.Callback):
                 "step": selected["step"],
                 "value": rounded(selected.get(score)),
             }
-        bad = getattr(getattr(trainer, "datamodule", None), "bad_images", None)
+        datamodule = getattr(trainer, "datamodule", None)
+        bad, few = getattr(datamodule, "bad_images", None), getattr(datamodule, "labelled_target", 0)
+        semi = {"setting": "semi-supervised", "labelled_target": few} if few else {}
         return {
             "source_accuracy": rounded(last.get("source_accuracy")),
             **accuracies,
@@ -246,6 +248,7 @@ class RunSummary(L.Callback):
             "seed": getattr(model, "base_seed", None),
             "source": list(getattr(model, "source_names", []) or []),
             "target": getattr(model, "target_name", None),
+            **semi,
             "plugins": plugins_of(model),
             "config_hash": self.config_hash,
             "versions": versions(model),
@@ -270,7 +273,9 @@ def print_table(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     source = ", ".join(summary["source"]) or "no source"
-    table = Table(title=f"{source} -> {summary['target']}", title_justify="left", title_style="bold")
+    few = summary.get("labelled_target")
+    semi = f" (semi-supervised: {few} labelled target samples a class)" if few else ""
+    table = Table(title=f"{source} -> {summary['target']}{semi}", title_justify="left", title_style="bold")
     table.add_column("accuracy, %")
     table.add_column("images", justify="right")
     table.add_column("class mean", justify="right")
