@@ -3,12 +3,13 @@
 from uda_transport.classical import Transported, transport
 from uda_transport.classifiers import COOTClassifier, UCOOTClassifier
 from uda_transport.deepjdot import DeepJDOT
+from uda_transport.heterogeneous import COOT, UCOOT
 from uda_transport.jumbot import JUMBOT
 from uda_transport.otda import OTDA
 from uda_transport.sinkhorn import Sinkhorn
 from uda_transport.sliced import SlicedWasserstein
 
 __all__ = [
-    "JUMBOT", "OTDA", "COOTClassifier", "DeepJDOT", "Sinkhorn", "SlicedWasserstein", "Transported", "UCOOTClassifier",
-    "transport",
+    "COOT", "JUMBOT", "OTDA", "UCOOT", "COOTClassifier", "DeepJDOT", "Sinkhorn", "SlicedWasserstein", "Transported",
+    "UCOOTClassifier", "transport",
 ]  # fmt: skip
