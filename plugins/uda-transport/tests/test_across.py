@@ -180,7 +180,7 @@ def test_ucoot_of_equal_epsilons_is_that_of_pot():
 def test_outliers_lose_mass_in_ucoot_only():
     x, labels, y, _ = spaces()
     y = np.concatenate([y, np.random.default_rng(3).normal(size=(10, y.shape[1])) * 8])
-    for method, options in (("coot", {}), ("ucoot", {"reg_marginals": 0.5})):
+    for method, options in (("coot", {}), ("ucoot", {"reg_marginals": 0.5, "epsilon_features": 0.05})):
         found = cross(x, y, labels, 4, method=method, epsilon=0.05, normalise="centre", **options)
         kept, outlying = found.mass[:50].mean(), found.mass[50:].mean()
         assert outlying < 0.5 * kept if method == "ucoot" else outlying == pytest.approx(1, abs=1e-3)
@@ -190,7 +190,8 @@ def test_outliers_lose_mass_in_ucoot_only():
 
 
 @pytest.mark.parametrize(
-    "classifier", [COOTClassifier(epsilon=0.05), UCOOTClassifier(epsilon=0.05, reg_marginals=2.0)]
+    "classifier",
+    [COOTClassifier(epsilon=0.05), UCOOTClassifier(epsilon=0.05, epsilon_features=0.05, reg_marginals=2.0)],
 )
 def test_few_labels_settle_the_matching(classifier):
     x, labels, y, truth = spaces()
@@ -215,11 +216,12 @@ def test_few_labels_settle_the_matching(classifier):
 def test_too_little_mass_gets_no_label():
     x, labels, y, _ = spaces()
     y = np.concatenate([y, np.random.default_rng(3).normal(size=(10, y.shape[1])) * 8])
-    fitted = UCOOTClassifier(epsilon=0.05, reg_marginals=0.5, normalise="centre", min_mass=0.3).fit(x, labels, y)
+    options = {"epsilon": 0.05, "epsilon_features": 0.05, "reg_marginals": 0.5, "normalise": "centre"}
+    fitted = UCOOTClassifier(**options, min_mass=0.3).fit(x, labels, y)
     assert set(fitted.labels_[fitted.target_mass_ < 0.3]) == {-1}
     assert (fitted.labels_[fitted.target_mass_ >= 0.3] >= 0).all()
     with pytest.raises(uda.UDAError, match="lower min_mass"):
-        UCOOTClassifier(min_mass=50.0).fit(x, labels, y)
+        UCOOTClassifier(**options, min_mass=50.0).fit(x, labels, y)
 
 
 def test_subset_and_extension():
@@ -284,7 +286,7 @@ def test_bad_input(monkeypatch):
     with pytest.raises(uda.UDAError, match="positive"):
         UCOOTClassifier(epsilon=0.0).fit(x, labels, y)
     with pytest.raises(uda.UDAError, match="collapsed"):
-        UCOOTClassifier(reg_marginals=1e-4, epsilon=0.001).fit(x, labels, y)
+        UCOOTClassifier(reg_marginals=1e-4, epsilon=0.001, epsilon_features=0.001).fit(x, labels, y)
     monkeypatch.setattr(memory, "available", lambda device="cpu": 1000)
     with pytest.raises(uda.UDAError, match="reduce the features"):
         COOTClassifier().fit(x, labels, y)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from uda.errors import UDAError, check_choice
-from uda_transport.coot import CrossPlans, coot, starts
+from uda_transport.coot import CrossPlans, coot, labelled_start, starts
 from uda_transport.memory import fitting_rows
 from uda_transport.scaling import Scale, checked, common_scale
 from uda_transport.ucoot import ucoot
@@ -142,11 +142,12 @@ def cross(
         method: ``coot`` or ``ucoot``.
         epsilon: of the samples' plan; None tries :data:`SEARCHED` and takes the one with
             the best :func:`agreement`. 0 is exact transport, for ``coot`` only.
-        epsilon_features: of the features' plan; None is 0 (exact) for ``coot``, 0.02 for ``ucoot``.
+        epsilon_features: of the features' plan; None is 0 (exact) for ``coot``, 0.005 for ``ucoot``.
         reg_marginals: rho of source and target side in ``ucoot``.
         label_cost: of matching a labelled target sample with a source sample of another class.
         normalise: see :func:`common_scale`.
-        number_of_starts: of the descent; the lowest objective wins. See :func:`~uda_transport.coot.starts`.
+        number_of_starts: of the descent; the lowest objective wins. See :func:`~uda_transport.coot.starts`; with
+            labelled target samples the first is :func:`~uda_transport.coot.labelled_start`.
         max_samples: most rows a domain in a plan; None is as many as fit.
         max_iter: rounds.
         start: an earlier result for the same rows, to go on from (it replaces the starts).
@@ -162,7 +163,7 @@ def cross(
     if labels.shape != (len(x),) or labels.min() < 0 or labels.max() >= classes:
         raise UDAError(f"The source needs one class id from 0 to {classes - 1} for each of its {len(x)} samples.")
     if epsilon_features is None:
-        epsilon_features = 0.0 if method == "coot" else 0.02
+        epsilon_features = 0.0 if method == "coot" else 0.005
     known = np.full(len(y), -1) if known is None else np.asarray(known).astype(np.int64)
     if known.shape != (len(y),) or known.max() >= classes:
         raise UDAError(f"Known target labels are class ids below {classes}, or -1, for each of {len(y)} samples.")
@@ -178,6 +179,8 @@ def cross(
 
         arrays = [None if v is None else torch.as_tensor(v, dtype=torch.float32, device=device) for v in arrays]
     first = [None] if start is not None else starts(a, b[cols], number_of_starts, seed)
+    if start is None and prior is not None:
+        first[0] = labelled_start(a, b[cols], labels[rows], known[cols])
     rho = tuple(np.broadcast_to(np.asarray(reg_marginals, dtype=float), 2).tolist())
     tried, best = [], None
     for eps in SEARCHED if epsilon is None else (epsilon,):

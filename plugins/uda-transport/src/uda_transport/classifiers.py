@@ -193,7 +193,7 @@ class UCOOTClassifier(COOTClassifier):
     def __init__(
         self,
         epsilon: float | None = 0.1,
-        epsilon_features: float = 0.02,
+        epsilon_features: float = 0.005,
         reg_marginals: float | Sequence[float] = 1.0,
         label_cost: float = 2.0,
         normalise: str = "zscore",

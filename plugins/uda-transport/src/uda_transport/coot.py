@@ -158,6 +158,21 @@ def coot(
     return CrossPlans(plan_s, plan_f, cost, last, steps, converged, (dual_s, dual_f))
 
 
+def labelled_start(x: np.ndarray, y: np.ndarray, labels: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Feature plan ``[d, e]`` that suits the labelled target samples: each matched with all of its class, evenly.
+
+    Args:
+        x: ``[n, d]``; y: ``[m, e]``; labels: ``[n]``; known: ``[m]``, -1 where unlabelled; at least one is labelled.
+    """
+    import ot
+
+    pairs = (known[None, :] >= 0) & (labels[:, None] == known[None, :])
+    plan = pairs / np.maximum(pairs.sum(0, keepdims=True), 1)
+    plan = plan / plan.sum()
+    left, right = plan.sum(1) @ x**2, plan.sum(0) @ y**2
+    return ot.emd([], [], left[:, None] + right[None, :] - 2 * between(x.T, plan, y.T), numItermax=10_000_000)
+
+
 def starts(x: np.ndarray, y: np.ndarray, number: int, seed: int = 0) -> list[np.ndarray | None]:
     """Feature plans ``[d, e]`` to start from: None (the product), features matched by their spread, then random ones.
 

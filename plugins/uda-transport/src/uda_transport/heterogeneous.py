@@ -44,7 +44,7 @@ class COOT(Weighted):
         labels: ``soft``, or the class of the most mass (``hard``).
         epsilon: entropy of the samples' plan in units of what the product plan costs; null tries several and takes the
             one whose labels agree best with their neighbours'.
-        epsilon_features: entropy of the features' plan; null: exact for COOT, 0.02 for UCOOT.
+        epsilon_features: entropy of the features' plan; null: exact for COOT, 0.005 for UCOOT.
         label_cost: of matching a labelled target sample with a source sample of another class.
         normalise: ``zscore`` (columns), ``centre`` (whole matrices), ``none``.
         starts: of the descent in the first plan; the lowest objective wins.
