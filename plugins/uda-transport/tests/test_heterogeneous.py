@@ -112,7 +112,10 @@ trainer: {{max_epochs: 2, accelerator: cpu, enable_progress_bar: false}}
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "init_args"),
-    [(COOT, {"max_iter": 5}), (UCOOT, {"epsilon": 0.3, "epsilon_features": 0.3, "max_iter": 3, "space": "features", "labels": "hard"})],
+    [
+        (COOT, {"max_iter": 5}),
+        (UCOOT, {"epsilon": 0.3, "epsilon_features": 0.3, "max_iter": 3, "space": "features", "labels": "soft"}),
+    ],
 )
 def test_plugin(cls, init_args):
     report = check_plugin(cls, init_args=init_args, ddp=False)
@@ -121,4 +124,5 @@ def test_plugin(cls, init_args):
 
 @pytest.mark.slow
 def test_under_two_processes():
-    check_plugins_ddp([(COOT, {"init_args": {"max_iter": 5}}), (UCOOT, {"init_args": {"space": "features", "max_iter": 3, "epsilon_features": 0.3}})])
+    unbalanced = {"space": "features", "max_iter": 3, "epsilon_features": 0.3}
+    check_plugins_ddp([(COOT, {"init_args": {"max_iter": 5}}), (UCOOT, {"init_args": unbalanced})])

@@ -41,7 +41,8 @@ class COOT(Weighted):
         weight: of the objective; ramp: its growth over the run.
         space: what is matched: the ``inputs`` as they are, once; or the ``features`` of the network, anew in each
             epoch, from the last plans on.
-        labels: ``soft``, or the class of the most mass (``hard``).
+        labels: what the classifier learns: the class of the most mass (``hard``, as the paper predicts), or the whole
+            distribution (``soft``), which the entropy of the plan makes flatter than the knowledge is.
         epsilon: entropy of the samples' plan in units of what the product plan costs; null tries several and takes the
             one whose labels agree best with their neighbours'.
         epsilon_features: entropy of the features' plan; null: exact for COOT, 0.005 for UCOOT.
@@ -66,7 +67,7 @@ class COOT(Weighted):
         self,
         weight: float = 1.0,
         space: str = "inputs",
-        labels: str = "soft",
+        labels: str = "hard",
         epsilon: float | None = 0.1,
         epsilon_features: float | None = None,
         label_cost: float = 2.0,
@@ -218,7 +219,7 @@ class UCOOT(COOT):
         reg_marginals: float | Sequence[float] = 1.0,
         weight: float = 1.0,
         space: str = "inputs",
-        labels: str = "soft",
+        labels: str = "hard",
         epsilon: float | None = 0.1,
         epsilon_features: float | None = None,
         label_cost: float = 2.0,
