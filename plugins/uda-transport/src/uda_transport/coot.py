@@ -7,6 +7,7 @@ not convex: what is found depends on the start (:func:`starts`).
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +81,17 @@ def _block(cost: Array, epsilon: float, weights: tuple[Array, Array], dual: Any,
     if epsilon == 0:
         plan, log = ot.emd(*weights, cost, numItermax=10_000_000, log=True)
         return plan, None, log.get("warning") is None
-    plan, log = ot.bregman.sinkhorn_stabilized(
-        *weights, cost, epsilon, numItermax=max_iter, stopThr=tol, warmstart=_scaled_start(cost, dual), warn=False,
-        print_period=10, log=True,
-    )  # fmt: skip
+    f, g = _scaled_start(cost, dual)
+    options = {"numItermax": max_iter, "stopThr": tol, "warn": False, "log": True}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plan, log = ot.bregman.sinkhorn_knopp(*weights, cost - f[:, None] - g[None, :], epsilon, **options)
+    error = float(log["err"][-1])
+    if not caught and np.isfinite(error):
+        nx = ot.backend.get_backend(cost)
+        return plan, f + epsilon * nx.log(log["u"]), error <= tol
+    options |= {"warmstart": (f, g), "print_period": 10}  # scalings beyond the range of floats: the slower iterations
+    plan, log = ot.bregman.sinkhorn_stabilized(*weights, cost, epsilon, **options)
     converged = float(log["err"][-1]) <= tol
     if not converged:  # where the last iteration moved its scalings into the kernel, POT's plan lacks a factor
         plan = plan * (weights[0] / plan.sum(1))[:, None]

@@ -46,7 +46,10 @@ def draw_plan(plan: np.ndarray, path: Path, title: str) -> None:
     figure = Figure(figsize=(6, 5), dpi=120)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    image = axes.imshow(np.log10(share + 0.01), aspect="auto", cmap="viridis", interpolation="nearest", vmin=-2)
+    image = axes.imshow(
+        np.log10(share + 0.01), aspect="auto", cmap="viridis", interpolation="nearest", vmin=-2,
+        extent=(0, plan.shape[1], plan.shape[0], 0),
+    )  # fmt: skip
     axes.set_xlabel(f"target features ({plan.shape[1]}), ordered")
     axes.set_ylabel(f"source features ({plan.shape[0]}), ordered")
     axes.set_title(title)
