@@ -33,13 +33,13 @@ def image_folders(root: Path, domains: list[str], classes: int, each: int = 3) -
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:05d}.jpg")
 
 
-def array_file(path: Path, reader: dict, domains: list[str], options: dict) -> None:
-    """An npz with the keys that the config asks for."""
+def array_file(path: Path, reader: dict, widths: dict[str, int]) -> None:
+    """An npz with the keys that the config asks for; features of a width a domain."""
     draw = np.random.default_rng(0)
     arguments, out = reader["init_args"], {}
     images = arguments.get("kind") == "images"
-    shape = (28, 28) if images else (64,)
-    for domain in domains:
+    for domain, width in widths.items():
+        shape = (28, 28) if images else (width,)
         y = np.arange(400) % 10
         x = draw.normal(size=(400, *shape)) + y.reshape(-1, *[1] * len(shape))
         out[arguments.get("x_key", "{domain}_x").format(domain=domain)] = (
@@ -63,7 +63,12 @@ def stand_in(config: dict, name: str, folder: Path) -> list[str]:
             "--data.views.init_args.resize=36", "--data.batch_size=4", "--data.num_workers=0",
         ]  # fmt: skip
     if kind == "Arrays":
-        array_file(folder / "arrays.npz", reader, domains, data)
+        backbones = {}
+        if data.get("heterogeneous"):  # a backbone of its own input size for each role
+            backbones = config["model"]["backbone"]["init_args"]["backbones"]
+        roles = {d: "target" if d == data["target"] else "source" for d in domains}
+        widths = {d: backbones[r]["init_args"]["in_features"] if backbones else 64 for d, r in roles.items()}
+        array_file(folder / "arrays.npz", reader, widths)
         return [f"--data.reader.init_args.path={folder / 'arrays.npz'}"]
     return []
 
@@ -150,8 +155,8 @@ def test_every_plugin_has_a_method_config():
     from uda.discovery import registry
 
     used = set()
-    for name in OVERLAYS:
-        plugins = yaml.safe_load((ROOT / "configs" / "methods" / name).read_text())["model"]["plugins"]
+    for path in [*(ROOT / "configs" / "methods").glob("*.yaml"), *(ROOT / "configs").glob("*.yaml")]:
+        plugins = yaml.safe_load(path.read_text())["model"].get("plugins") or {}
         used |= {registry().get(p["class_path"]) for p in plugins.values()}
     first_party = {f.cls for f in registry().plugins.values() if f.distribution.startswith("uda-")}
     assert first_party <= used

@@ -149,7 +149,7 @@ def scale(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     from uda_transport.across import cross
     from uda_transport.memory import bytes_needed
 
-    for size in (500, 1000, 2000, 4000):
+    for size in (500, 1000, 2000, 4000, 10000):
         for method in ("coot", "ucoot"):
 
             def make(size=size, method=method):
