@@ -13,6 +13,7 @@ _PUBLIC = {
     "DataNeeds": "uda.plugin",
     "PseudoLabels": "uda.plugin",
     "Prediction": "uda.plugin",
+    "Reject": "uda.rejection",
     "hookimpl": "uda.plugin",
     "HOOK_API": "uda.plugin",
     "Step": "uda.step",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from uda.hooks import PluginError  # noqa: F401
     from uda.module import UDA  # noqa: F401
     from uda.plugin import HOOK_API, DataNeeds, Plugin, Prediction, PseudoLabels, hookimpl  # noqa: F401
+    from uda.rejection import Reject  # noqa: F401
     from uda.step import DomainBatch, Step  # noqa: F401
 
 

@@ -13,6 +13,7 @@ from uda.hooks import hooks_of
 from uda.plugin import HOOK_API, Plugin
 
 GROUP = "uda.plugins"
+CORE = "uda-lightning"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Registry:
         else:
             self.plugins[found.name] = found
 
+    @property
+    def bare(self) -> bool:
+        """Whether there is no plugin but the core's own."""
+        return all(f.distribution == CORE for f in self.plugins.values())
+
     def get(self, name: str) -> type[Plugin]:
         """Class by short name or class path.
 
@@ -72,7 +78,7 @@ class Registry:
         if "." in name:
             return _import(name)
         hint = f" These distributions could not be loaded: {self.broken}." if self.broken else ""
-        if not self.plugins:
+        if self.bare:
             hint += " No plugin distribution is installed: pip install one, for example plugins/uda-adversarial."
         raise UDAError(f"Unknown plugin {name!r}. {nearest(name, self.plugins)}{hint} `uda plugins` lists all.")
 

@@ -92,12 +92,12 @@ class EvaluationLoop(L.LightningModule):
     _evaluation: Evaluation | None = None
 
     def predict_batch(self, batch: DomainBatch) -> Prediction:
-        """Labels, scores and unknown mask by the first plugin that predicts, or by the softmax."""
+        """Labels, scores and unknown mask by the first plugin that predicts, or by the softmax; then ``reject``."""
         _, prediction = self.hooks.first("predict", model=self, batch=batch)
         if prediction is None:
             score, label = batch.logits.softmax(1).max(1)
             prediction = Prediction(label, score)
-        return prediction
+        return self.hooks.chain("reject", "prediction", model=self, batch=batch, prediction=prediction)
 
     def _start_evaluation(self) -> None:
         self._evaluation = Evaluation(self)

@@ -138,7 +138,17 @@ def predict(model: UDA, batch: DomainBatch) -> Prediction | None:
     """Turn a batch into labels, scores and an unknown mask. The first result wins.
 
     Inference only. ``batch.features`` ``[B, F]`` and ``batch.logits`` ``[B, C]`` are there; None leaves the
-    classifier's softmax. For rejection, prototype classifiers and output-only adaptation.
+    classifier's softmax. For open-set classifiers, prototype classifiers and output-only adaptation.
+    """
+
+
+@hookspec
+def reject(model: UDA, batch: DomainBatch, prediction: Prediction) -> Prediction | None:
+    """Mark samples of a prediction as unknown, whoever made it.
+
+    Inference only, after ``predict`` and the softmax that stands for it. Plugins are chained in config order: each
+    result replaces the prediction for the next; None leaves it. In evaluation the sources come before the target
+    (``batch.role``), so that a threshold may be taken from their validation rows.
     """
 
 

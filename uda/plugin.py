@@ -98,11 +98,29 @@ class PseudoLabels:
 
 @dataclass
 class Prediction:
-    """What inference returns: label ``[B]``, score ``[B]`` in [0, 1], unknown mask ``[B]`` or None."""
+    """What inference returns.
+
+    Attributes:
+        label: class ids ``[B]`` in [0, C), also of samples that are marked as unknown.
+        score: confidence ``[B]`` in [0, 1].
+        unknown: mask ``[B]`` of the samples that are of no class of the source, or None for none.
+        unknown_score: how unknown a sample is ``[B]``, larger is more, on any scale; None: ``1 - score``. Metrics
+            read its order alone.
+    """
 
     label: Tensor
     score: Tensor
     unknown: Tensor | None = None
+    unknown_score: Tensor | None = None
+
+    @property
+    def unknown_scores(self) -> Tensor:
+        """``unknown_score``, or ``1 - score`` where it is None ``[B]``."""
+        return 1 - self.score if self.unknown_score is None else self.unknown_score
+
+    def marked(self, num_classes: int) -> Tensor:
+        """Labels ``[B]`` with ``num_classes`` for the unknown."""
+        return self.label if self.unknown is None else torch.where(self.unknown, num_classes, self.label)
 
 
 class Plugin(Described, nn.Module):

@@ -66,7 +66,7 @@ def print_table(found: Registry) -> None:
         table.add_row(f.name, origin, ", ".join(row["hooks"]), ", ".join(row["settings"]), row["summary"])
     if found.plugins:
         console.print(table)
-    else:
+    if found.bare:
         console.print(
             "No plugin distribution is installed: pip install one, for example plugins/uda-adversarial."
         )
