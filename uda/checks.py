@@ -72,13 +72,39 @@ def take_spec(model: UDA, datamodule: Any) -> None:
     model.hparams.update({name: spec.get(name) for name in SPEC})
 
 
+def check_setting(model: UDA, datamodule: Any) -> None:
+    """Refuse plugins that do not serve the label-set setting of the data.
+
+    A method of the closed set may stand in an open or universal setting beside a plugin that rejects.
+
+    Raises:
+        UDAError: with the settings that the plugin serves.
+    """
+    setting = getattr(datamodule, "setting", None)
+    if setting is None or getattr(datamodule, "any_method", False):
+        return
+    rejection = setting in ("open", "universal")
+    if rejection and model.hooks.filled("reject"):
+        return
+    for key, plugin in model.plugins.items():
+        if setting not in plugin.settings:
+            help = "add a plugin that rejects unknown samples, such as Reject; " if rejection else ""
+            raise UDAError(
+                f"Plugin {key!r} ({type(plugin).__name__}) does not serve this run's setting, {setting!r}: it serves "
+                f"{', '.join(plugin.settings)}. Take a method that does; {help}or set data.any_method: true to see how "
+                "it fares (docs/settings.md)."
+            )
+
+
 def check_fit(model: UDA) -> None:
     """Checks that need the trainer.
 
     Raises:
-        UDAError: unbounded training, a monitor on target labels, a strategy that the plugins cannot run under.
+        UDAError: unbounded training, a monitor on target labels, a strategy that the plugins cannot run under, a plugin
+            that does not serve the setting.
     """
     trainer = model.trainer
+    check_setting(model, getattr(trainer, "datamodule", None))
     for callback in trainer.callbacks:
         monitor = getattr(callback, "monitor", None)
         if monitor and "oracle/" in str(monitor):

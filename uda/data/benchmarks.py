@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ import torch
 
 from uda.data.arrays import Arrays
 from uda.data.benchmark_table import BENCHMARKS, Benchmark
+from uda.data.classes import plain
 from uda.data.domains import BadImage, DomainData, FileInputs
 from uda.data.readers import ImageFolders, Reader
 from uda.errors import UDAError, nearest
@@ -77,9 +77,9 @@ def check(name: str, root: str, sample: int = 50) -> Report:
     if not os.path.exists(root):
         raise UDAError(f"{root!r} does not exist")
     reader: Reader = Arrays(root) if os.path.isfile(root) else ImageFolders(root)
-    present = {_plain(d): d for d in reader.domains()}
+    present = {plain(d): d for d in reader.domains()}
     for domain, expected in known.domains.items():
-        found = present.get(_plain(domain))
+        found = present.get(plain(domain))
         if found is None:
             if domain not in known.optional:
                 report.problems.append(f"domain {domain!r} is missing")
@@ -92,11 +92,6 @@ def check(name: str, root: str, sample: int = 50) -> Report:
         _compare(known, domain, expected, data, report)
         report.problems += _unreadable(domain, data, sample)
     return report
-
-
-def _plain(name: str) -> str:
-    """Names as people spell folders: ``Real World``, ``RealWorld`` and ``real_world`` are one."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _read(reader: Reader, domain: str, subfolder: str) -> DomainData:
@@ -122,8 +117,8 @@ def _compare(known: Benchmark, domain: str, expected: int, data: DomainData, rep
             report.problems.append(
                 f"domain {domain!r} has {len(data.class_names)} classes, expected {known.classes}"
             )
-        wanted = {_plain(c): c for c in known.class_names}
-        missing = [c for p, c in wanted.items() if p not in {_plain(n) for n in data.class_names}]
+        wanted = {plain(c): c for c in known.class_names}
+        missing = [c for p, c in wanted.items() if p not in {plain(n) for n in data.class_names}]
         if missing:
             report.problems.append(f"domain {domain!r} lacks class {', '.join(missing)}")
     if len(data) != expected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -36,40 +37,31 @@ class ClassSplit:
         for key in ("known", "source_private", "target_private"):
             for name in getattr(self, key):
                 if name in seen:
-                    raise UDAError(f"class {name!r} is in classes.{seen[name]} and again in classes.{key}")
+                    both = {key, seen[name]} == {"source_private", "target_private"}
+                    why = ": a source-private class has no sample in the target" if both else ""
+                    raise UDAError(f"class {name!r} is in classes.{seen[name]} and again in classes.{key}{why}")
                 seen[name] = key
-
-
-def as_split(classes: ClassSplit | dict | None) -> ClassSplit | None:
-    """A class split from a mapping of its fields."""
-    if classes is None or isinstance(classes, ClassSplit):
-        return classes
-    unknown = set(classes) - {"known", "source_private", "target_private"}
-    if unknown or "known" not in classes:
-        raise UDAError(
-            f"data.classes takes known, source_private and target_private (known is needed), "
-            f"not {sorted(classes)}"
-        )
-    return ClassSplit(**classes)
 
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """Known class names in id order, and the names that count as unknown.
+    """Names of the C source classes in id order, and the names that count as unknown.
 
-    ``keep`` is None in the closed set; else only rows of these classes belong to the pools.
+    With ``split``, only rows of these classes belong to the pools. ``source_private`` are those of the class names that
+    the target lacks.
     """
 
     class_names: list[str]
-    unknown: frozenset[str] = frozenset()
+    unknown: tuple[str, ...] = ()
     split: bool = False
+    source_private: tuple[str, ...] = ()
 
     def ids(self, data: DomainData) -> np.ndarray:
-        """Class id of each row, int64 [N]: C is unknown, -1 a class outside the split or no label."""
+        """Class id of each row, int64 [N]: C + j is the j-th unknown class, -1 no label or no part in the task."""
         if data.labels is None:
             return np.full(len(data), -1, dtype=np.int64)
         position = {name: i for i, name in enumerate(self.class_names)}
-        position.update(dict.fromkeys(self.unknown, len(self.class_names)))
+        position |= {name: len(self.class_names) + j for j, name in enumerate(self.unknown)}
         table = np.array([position.get(name, -1) for name in data.class_names], dtype=np.int64)
         return table[data.labels.numpy()]
 
@@ -78,19 +70,26 @@ class LabelSpace:
         ids = self.ids(data)
         return np.flatnonzero((ids >= 0) & (ids < len(self.class_names)))
 
-    def target_rows(self, data: DomainData, source_private: Sequence[str] = ()) -> np.ndarray:
+    def target_rows(self, data: DomainData) -> np.ndarray:
         """Rows of the target: all; with a split those of a known or target-private class."""
         if not self.split or data.labels is None:
             return np.arange(len(data))
-        allowed = (set(self.class_names) - set(source_private)) | self.unknown
+        allowed = (set(self.class_names) - set(self.source_private)) | set(self.unknown)
         table = np.array([name in allowed for name in data.class_names], dtype=bool)
         return np.flatnonzero(table[data.labels.numpy()])
 
 
 def label_space(
-    sources: list[DomainData], target: DomainData, split: ClassSplit | None, allow_missing: bool = False
+    sources: list[DomainData],
+    target: DomainData,
+    split: ClassSplit | None,
+    allow_missing: bool = False,
+    setting: str | None = None,
 ) -> LabelSpace:
     """The label space of a task, after checking it against the domains.
+
+    Where no split is given, an open ``setting`` (any but ``closed``) takes the classes as they occur: those that the
+    target lacks are source-private, those that no source has are unknown. Ids are those of the sources' classes alone.
 
     Raises:
         UDAError: a source without labels; a class that a domain lacks; a class name that no domain has.
@@ -99,14 +98,17 @@ def label_space(
         if data.labels is None:
             raise UDAError(f"source domain {data.name!r} has no labels; only the target may be unlabelled")
     if split is not None:
-        _check_split(sources, target, split)
-        return LabelSpace(split.known + split.source_private, frozenset(split.target_private), split=True)
+        _check_split(sources, target, split, allow_missing)
+        names = split.known + split.source_private
+        return LabelSpace(names, tuple(split.target_private), True, tuple(split.source_private))
     labelled = [d for d in [*sources, target] if d.labels is not None]
     if not labelled:
         raise UDAError(
             f"no class is known: target {target.name!r} has no labels and there is no source; "
             "give classes.known"
         )
+    if sources and setting not in (None, "closed"):
+        return _as_they_occur(sources, target)
     names = natural_order(n for d in labelled for n in d.class_names)
     if sources:
         in_sources = {n for d in sources for n in _present(d)}
@@ -115,7 +117,7 @@ def label_space(
             raise UDAError(
                 f"class {stray[0]!r}{_others(stray)} is in target {target.name!r} but missing in source "
                 f"{', '.join(repr(d.name) for d in sources)}; "
-                "list such classes in classes.target_private, or remove them"
+                "list such classes in classes.target_private, set data.setting, or remove them"
             )
         names = [n for n in names if n in in_sources or n in {m for d in sources for m in d.class_names}]
     if not allow_missing:
@@ -124,9 +126,18 @@ def label_space(
             if missing:
                 raise UDAError(
                     f"class {missing[0]!r} is missing in domain {data.name!r}{_others(missing)}; "
-                    "describe the task with `classes`, or set allow_missing_classes: true"
+                    "describe the task with `classes` or `setting`, or set allow_missing_classes: true"
                 )
     return LabelSpace(names)
+
+
+def _as_they_occur(sources: list[DomainData], target: DomainData) -> LabelSpace:
+    names = natural_order(n for d in sources for n in _present(d))
+    in_target = _present(target)
+    private = [n for n in names if n not in in_target] if target.labels is not None else []
+    if in_target and len(private) == len(names):
+        raise UDAError(f"no class of target {target.name!r} is in a source: they must share at least one")
+    return LabelSpace(names, tuple(natural_order(in_target - set(names))), False, tuple(private))
 
 
 def _present(data: DomainData) -> set[str]:
@@ -139,21 +150,32 @@ def _others(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _check_split(sources: list[DomainData], target: DomainData, split: ClassSplit) -> None:
+def spelled(split: ClassSplit, names: Sequence[str]) -> ClassSplit:
+    """The split with class names as the data spells them: case, blanks, hyphens and underscores may differ."""
+    have, found = set(names), {plain(n): n for n in names}
+    fields = ("known", "source_private", "target_private")
+    return ClassSplit(*([n if n in have else found.get(plain(n), n) for n in getattr(split, f)] for f in fields))
+
+
+def plain(name: str) -> str:
+    """Names as people spell folders: ``Real World``, ``RealWorld`` and ``real_world`` are one."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _check_split(
+    sources: list[DomainData], target: DomainData, split: ClassSplit, allow_missing: bool
+) -> None:
     in_sources = {n for d in sources for n in _present(d)}
     in_target = _present(target)
-    labelled_target = target.labels is not None
-    for key, wanted, present, where in (
-        ("known", split.known, in_sources, "any source"),
-        ("source_private", split.source_private, in_sources, "any source"),
-        ("known", split.known, in_target, f"target {target.name!r}"),
-        ("target_private", split.target_private, in_target, f"target {target.name!r}"),
+    named = in_sources | {n for n in target.class_names if target.labels is not None}
+    for key, wanted, present, where, asked in (
+        ("known", split.known, in_sources, "any source", bool(sources)),
+        ("source_private", split.source_private, in_sources, "any source", bool(sources)),
+        ("known", split.known, in_target, f"target {target.name!r}", target.labels is not None),
+        ("target_private", split.target_private, in_target, f"target {target.name!r}", target.labels is not None),
     ):
-        if (present is in_sources and not sources) or (present is in_target and not labelled_target):
-            continue
-        for name in wanted:
-            if name not in present:
+        for name in wanted if asked else ():
+            if name not in present and not (allow_missing and name in named):
                 raise UDAError(
-                    f"classes.{key} names {name!r}, which is not in {where}. "
-                    f"{nearest(name, present | in_sources)}"
+                    f"classes.{key} names {name!r}, which is not in {where}. {nearest(name, present | in_sources)}"
                 )

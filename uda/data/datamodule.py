@@ -12,7 +12,7 @@ from torch import LongTensor
 
 from uda.data.batches import BadImageLog, Request
 from uda.data.checks import check_batches, check_domains, check_settings, check_shapes
-from uda.data.classes import ClassSplit, as_split
+from uda.data.classes import ClassSplit
 from uda.data.default_views import default_views
 from uda.data.feeds import Feeds
 from uda.data.imbalance import check_keep
@@ -21,6 +21,7 @@ from uda.data.loaders import ShardedLoader
 from uda.data.needs import needs_of
 from uda.data.pools import DomainPools, Task, make_task
 from uda.data.readers import Reader
+from uda.data.settings import as_split, check_name
 from uda.data.views import Views
 from uda.errors import UDAError
 
@@ -32,8 +33,8 @@ class DataModule(L.LightningDataModule):
     model does not need them. A batch is ``{"x": [B, ...], "index": int64 [B]}``, ``weak`` and ``strong``
     where a plugin asks for them, and ``y`` (int64 [B]) on sources **only**: target batches come from an
     object that holds no labels. ``index`` is the position in the domain's training pool. Evaluation batches
-    are ``{"x", "y", "index"}`` with ``y = -1`` where there is no label and ``y = num_classes`` for unknown
-    classes.
+    are ``{"x", "y", "index"}`` with ``y = -1`` where there is no label and ``y = num_classes + j`` for the j-th
+    unknown class.
 
     The order is a function of (seed, domain, step): independent of workers, resumable in mid-epoch, and of
     the target labels it knows nothing. See :mod:`uda.data.samplers`.
@@ -52,7 +53,12 @@ class DataModule(L.LightningDataModule):
             the same unlabelled images that the model adapts to.
         held_out_fraction: share of the target's pool for ``held_out`` batches, if a plugin needs them; those
             images are then in no target batch.
-        classes: class names by where they occur; None: the closed set.
+        classes: class names by where they occur (``known``, ``source_private``, ``target_private``); or how many of
+            each, with a ``seed``; or the name of a published split, such as ``office31_universal``. None: the closed
+            set, or with an open ``setting`` the classes as they occur. Rows of other classes take no part.
+        setting: ``closed``, ``partial``, ``open`` or ``universal``: the classes must fit it, and the methods serve it
+            (docs/settings.md). None: what the classes make it. No method is told.
+        any_method: let methods take part that do not serve the setting, as a warning beside those that do.
         allow_missing_classes: let a domain lack classes of the closed set.
         keep: class-imbalanced domains: share of its samples that a class keeps, by domain and class name. The
             names ``first_half`` and ``second_half`` stand for the first ``floor(C / 2)`` classes and the others:
@@ -82,7 +88,9 @@ class DataModule(L.LightningDataModule):
         source_val_fraction: float = 0.1,
         target_test_fraction: float = 0.0,
         held_out_fraction: float = 0.1,
-        classes: ClassSplit | dict | None = None,
+        classes: ClassSplit | dict | str | None = None,
+        setting: str | None = None,
+        any_method: bool = False,
         allow_missing_classes: bool = False,
         keep: dict[str, dict[str, float]] | None = None,
         heterogeneous: bool = False,
@@ -106,7 +114,8 @@ class DataModule(L.LightningDataModule):
         self.eval_batch_size, self.epoch_steps = eval_batch_size, epoch_steps
         self.source_val_fraction, self.target_test_fraction = source_val_fraction, target_test_fraction
         self.held_out_fraction = held_out_fraction
-        self.classes = as_split(classes)
+        check_name(setting)
+        self.classes, self._setting, self.any_method = as_split(classes), setting, any_method
         self.allow_missing_classes, self.heterogeneous = allow_missing_classes, heterogeneous
         self.keep, self.labelled_target = check_keep(keep), labelled_target
         if labelled_target < 0:
@@ -171,19 +180,25 @@ class DataModule(L.LightningDataModule):
                 self.target_test_fraction,
                 self.seed,
                 self.keep,
+                self._setting,
             )
             if self.labelled_target:
                 self._task = with_labelled_target(self._task, self.labelled_target, self.seed)
         return self._task
 
     @property
+    def setting(self) -> str:
+        """``closed``, ``partial``, ``open`` or ``universal``; for evaluation and checks, never for a method."""
+        return self.task.setting
+
+    @property
     def num_classes(self) -> int:
-        """Number of known classes (unknown is none of them)."""
+        """Number of classes of the sources (unknown is none of them)."""
         return len(self.task.space.class_names)
 
     @property
     def class_names(self) -> list[str]:
-        """Known class names in id order."""
+        """Class names of the sources in id order."""
         return list(self.task.space.class_names)
 
     @property

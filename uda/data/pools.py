@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import LongTensor
 
-from uda.data.classes import ClassSplit, LabelSpace, label_space
+from uda.data.classes import ClassSplit, LabelSpace, label_space, spelled
 from uda.data.domains import DomainData
 from uda.data.imbalance import kept
+from uda.data.readers import natural_order
+from uda.data.settings import ClassCounts, check_setting
 from uda.data.splits import split_by_class, split_by_index
 from uda.errors import UDAError
 
@@ -22,7 +24,7 @@ class Pool:
 
     Args:
         rows: row of the domain at each pool position, int64 [N].
-        labels: class id at each pool position, int64 [N] (-1: none, C: unknown).
+        labels: class id at each pool position, int64 [N] (-1: none, C and above: unknown, an id for each such class).
     """
 
     rows: np.ndarray
@@ -52,13 +54,14 @@ class Task:
     """Everything that is known once the domains are read.
 
     ``labelled`` is there in a semi-supervised run only: class ids of the target's labelled training samples,
-    -1 for the others, int64 [N].
+    -1 for the others, int64 [N]. ``setting`` is that of the label sets.
     """
 
     space: LabelSpace
     sources: list[DomainPools]
     target: DomainPools
     labelled: LongTensor | None = None
+    setting: str = "closed"
 
     def all(self) -> list[DomainPools]:
         """Sources, then the target."""
@@ -91,13 +94,12 @@ def source_pools(
 def target_pools(
     data: DomainData,
     space: LabelSpace,
-    split: ClassSplit | None,
     fraction: float,
     seed: int,
     keep: Mapping[str, float] | None = None,
 ) -> DomainPools:
     """Pools of the target in an order without labels; with fraction 0 both are one (transductive)."""
-    ids, rows = space.ids(data), space.target_rows(data, split.source_private if split else ())
+    ids, rows = space.ids(data), space.target_rows(data)
     rows = rows[kept(data, space.class_names, keep or {})[rows]]
     if not len(rows):
         raise UDAError(f"target domain {data.name!r} has no image of a known or target-private class")
@@ -114,20 +116,26 @@ def target_pools(
 def make_task(
     sources: list[DomainData],
     target: DomainData,
-    split: ClassSplit | None,
+    split: ClassSplit | ClassCounts | None,
     allow_missing: bool,
     source_val_fraction: float,
     target_test_fraction: float,
     seed: int,
     keep: Mapping[str, Mapping[str, float]] | None = None,
+    setting: str | None = None,
 ) -> Task:
     """Check the label space, thin classes and draw the splits."""
-    space, keep = label_space(sources, target, split, allow_missing), keep or {}
+    names = natural_order(n for d in [*sources, target] if d.labels is not None for n in d.class_names)
+    if split is not None:
+        split = split.of(names) if isinstance(split, ClassCounts) else spelled(split, names)
+    space, keep = label_space(sources, target, split, allow_missing, setting), keep or {}
+    setting = check_setting(setting, space.source_private, space.unknown)
     if stray := set(keep) - {d.name for d in [*sources, target]}:
         names = [d.name for d in [*sources, target]]
         raise UDAError(f"data.keep names {sorted(stray)[0]!r}, which is no domain of this run, which has {names}")
     return Task(
         space,
         [source_pools(d, space, source_val_fraction, seed, keep.get(d.name)) for d in sources],
-        target_pools(target, space, split, target_test_fraction, seed, keep.get(target.name)),
+        target_pools(target, space, target_test_fraction, seed, keep.get(target.name)),
+        setting=setting,
     )

@@ -84,8 +84,8 @@ def walk(model: Any, name: str, is_target: bool, loader: Any, ids: list[str]) ->
             if is_target and model.hooks.filled("adapt"):
                 running.adapt(model, domain)
             p = model.predict_batch(domain)
-            label = p.label if p.unknown is None else torch.where(p.unknown, model.num_classes, p.label)
-            y = batch.get("y", torch.full_like(label, -1))
+            label = p.marked(model.num_classes)
+            y = batch.get("y", torch.full_like(label, -1)).clamp(max=model.num_classes)
             found = {
                 "features": domain.features.flatten(1).float(), "probs": domain.logits.float().softmax(1),
                 "label": label, "score": p.score.float(), "y": y, "index": batch["index"],

@@ -1,0 +1,169 @@
+"""Label-set settings: class splits by name, by number and as published, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import uda
+from uda.data import ClassSplit, DataModule, Datasets, Digits, Generated
+from uda.data.class_splits import PUBLISHED
+from uda.data.domainnet_names import DOMAINNET
+from uda.data.settings import ClassCounts, as_split
+from uda.metrics.names import HEADLINES, LABEL_SETTINGS, MEASURES
+
+NAMES = [str(i) for i in range(10)]
+
+
+def digits(**given):
+    return DataModule(Digits(n_rendered=60), "rendered", "handwritten", **given)
+
+
+def test_counts_take_classes_in_order_or_by_seed():
+    counts = ClassCounts(5, 2, 3)
+    assert counts.of(NAMES) == ClassSplit(NAMES[:5], NAMES[5:7], NAMES[7:])
+    drawn = [ClassCounts(5, 2, 3, seed).of(NAMES) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert sorted(drawn[2].known + drawn[2].source_private + drawn[2].target_private) == NAMES
+    data = digits(classes={"known": 5, "source_private": 2, "target_private": 3})
+    assert data.class_names == NAMES[:7]
+    assert data.setting == "universal"
+    y = data.task.target.eval.labels
+    assert sorted(set(y.tolist())) == [0, 1, 2, 3, 4, 7, 8, 9]  # an id for each private class, from C on
+    assert set(data.task["rendered"].train.labels.tolist()) == set(range(7))
+
+
+@pytest.mark.parametrize(
+    ("classes", "setting"),
+    [
+        ({"known": 10}, "closed"),
+        ({"known": 6, "source_private": 4}, "partial"),
+        ({"known": 6, "target_private": 4}, "open"),
+        ({"known": 4, "source_private": 2, "target_private": 4}, "universal"),
+    ],
+)
+def test_the_setting_is_that_of_the_classes(classes, setting):
+    assert digits(classes=classes).setting == setting
+    assert digits(classes=classes, setting=setting).setting == setting
+    assert digits(classes=classes, setting="universal").setting == "universal"
+    for other in {"closed", "partial", "open"} - {setting}:
+        with pytest.raises(uda.UDAError, match=f"setting is '{other}'.*that is '{setting}'"):
+            _ = digits(classes=classes, setting=other).task
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"setting": "opne"}, "open"),
+        ({"classes": {"known": []}}, "empty"),
+        ({"classes": {"known": 0}}, "at least 1"),
+        ({"classes": {"known": 5, "source_private": ["7"]}}, "names or numbers"),
+        ({"classes": {"known": ["1"], "seed": 3}}, "seed goes with numbers"),
+        ({"classes": {"known": 8, "target_private": 3}}, "asks for 11 classes"),
+        ({"classes": {"known": ["1", "2"], "source_private": ["2"]}}, "again in"),
+        ({"classes": {"known": ["1"], "source_private": ["2"], "target_private": ["2"]}}, "no sample in the target"),
+        ({"classes": {"known": ["1", "12"]}}, "'12'"),
+        ({"classes": "office31_univrsal"}, "office31_universal"),
+        ({"classes": "visda_open"}, "which is not in"),
+    ],
+)
+def test_refused(given, words):
+    with pytest.raises(uda.UDAError, match=words):
+        _ = digits(**given).task
+
+
+def test_as_they_occur():
+    """With a setting and no classes: ids come from the source alone, whatever the target has."""
+    def data(private, known, setting="universal"):
+        def rows(labels):
+            return torch.utils.data.TensorDataset(torch.rand(len(labels), 3), torch.tensor(labels))
+
+        reader = Datasets(source=rows([0, 1, 2, 0, 1, 2]), target=rows([*known, *private]))
+        return DataModule(reader, "source", "target", setting=setting, batch_size=2)
+
+    one = data([3, 4], [0, 1])
+    assert (one.class_names, one.setting) == (["0", "1", "2"], "universal")
+    assert one.task.space.source_private == ("2",)
+    assert one.task.space.unknown == ("3", "4")
+    assert len(one.task.target.train) == 4
+    assert data([], [0, 2], "partial").class_names == ["0", "1", "2"]
+    with pytest.raises(uda.UDAError, match="that is 'universal'"):
+        _ = data([3], [0], "partial").task
+
+
+def test_published_splits():
+    universal = PUBLISHED["office31_universal"].split
+    assert [len(universal.known), len(universal.source_private), len(universal.target_private)] == [10, 10, 11]
+    assert universal.known[-1] == "projector"
+    assert universal.target_private[0] == "pen"
+    alphabetical = PUBLISHED["office31_open_alphabetical"].split
+    assert alphabetical.known[:3] == ["back_pack", "bike", "bike_helmet"]
+    assert alphabetical.target_private[:2] == ["phone", "printer"]
+    assert PUBLISHED["office31_open"].split.known == universal.known != alphabetical.known
+    assert PUBLISHED["office_home_universal"].split.source_private == [
+        "Chair", "Clipboards", "Computer", "Couch", "Curtains",
+    ]  # fmt: skip
+    assert PUBLISHED["office_home_open"].split.known[-1] == "Fork"
+    assert PUBLISHED["visda_universal"].split.target_private == ["skateboard", "train", "truck"]
+    assert len(DOMAINNET) == len(set(DOMAINNET)) == 345
+    assert sorted(DOMAINNET) == DOMAINNET
+    sizes = {"office31": 31, "office_home": 65, "visda": 12, "domainnet": 345}
+    for name, p in PUBLISHED.items():
+        assert name.startswith(tuple(sizes))
+        assert f"_{p.setting}" in name
+        total = len(p.split.known + p.split.source_private + p.split.target_private)
+        assert total <= next(n for k, n in sizes.items() if name.startswith(k))
+        assert p.used_by
+
+
+def test_names_are_found_in_other_spellings():
+    class Office(Generated):
+        def read(self, domain):
+            found = super().read(domain)
+            found.class_names = ["Alarm Clock", "TV"]
+            return found
+
+    split = {"known": ["alarm_clock"], "target_private": ["tv"]}
+    data = DataModule(Office(), "source", "target", classes=split)
+    assert data.class_names == ["Alarm Clock"]
+    assert data.task.space.unknown == ("TV",)
+
+
+def test_every_setting_has_a_headline():
+    assert set(HEADLINES) == set(LABEL_SETTINGS) == set(uda.plugin.SETTINGS[:4])
+    assert set(HEADLINES.values()) <= set(MEASURES)
+    assert as_split("visda_open").known[0] == "aeroplane"
+
+
+# ----------------------------------------------------------------------------- methods and settings
+
+
+class Closed(uda.Plugin):
+    """A method of the closed set."""
+
+
+class Universal(uda.Plugin):
+    """A method for universal adaptation."""
+
+    settings = ("open", "universal")
+
+
+def fit(quiet_trainer, plugins, **given):
+    data = DataModule(Generated("blobs", classes=4), "source", "target", batch_size=8, epoch_steps=1, seed=0, **given)
+    quiet_trainer(max_epochs=1).fit(uda.UDA("mlp", plugins, bottleneck=4), data)
+
+
+def test_methods_are_refused_with_the_settings_that_they_serve(quiet_trainer):
+    names = DataModule(Generated("blobs", classes=4), "source", "target").class_names
+    wide = {"classes": {"known": names[:-1], "target_private": names[-1:]}}
+    partial = {"classes": {"known": names[:-1], "source_private": names[-1:]}}
+    with pytest.raises(uda.UDAError, match=r"'a' \(Closed\).*'open'.*serves closed.*Reject"):
+        fit(quiet_trainer, {"a": Closed()}, **wide)
+    with pytest.raises(uda.UDAError, match=r"'u' \(Universal\).*'partial'.*open, universal"):
+        fit(quiet_trainer, {"u": Universal()}, **partial)
+    with pytest.raises(uda.UDAError, match="'closed'"):
+        fit(quiet_trainer, {"u": Universal()})
+    fit(quiet_trainer, {"a": Closed(), "r": uda.Reject()}, **wide)
+    fit(quiet_trainer, {"u": Universal()}, setting="universal", **partial)
+    fit(quiet_trainer, {"a": Closed()}, any_method=True, **partial)
+    fit(quiet_trainer, {}, **wide)

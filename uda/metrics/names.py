@@ -1,0 +1,31 @@
+"""Names of the measures and settings, without torch: tables and command lines need no more."""
+
+from __future__ import annotations
+
+#: Which classes source and target have in common.
+LABEL_SETTINGS = ("closed", "partial", "open", "universal")
+
+#: Measures of a run on target labels (``oracle/<name>``), by how they are told.
+MEASURES = {
+    "target_accuracy": "Target accuracy",
+    "target_class_accuracy": "Target class-mean accuracy",
+    "h_score": "H-score",
+    "h_score_instance": "H-score of instance accuracies",
+    "h3_score": "H3-score",
+    "os": "OS",
+    "os_star": "OS*",
+    "unk": "UNK",
+    "auroc": "AUROC of the unknown score",
+    "oscr": "OSCR",
+    "known_accuracy": "Accuracy on known classes",
+    "private_nmi": "NMI of clusters and target-private classes",
+    "outlier_share": "Share taken for classes that the target lacks",
+}
+
+#: The measure that stands for a run of the setting.
+HEADLINES = {"closed": "target_accuracy", "partial": "target_accuracy", "open": "h_score", "universal": "h_score"}
+
+
+def oracle(measure: str) -> str:
+    """Key of a measure among a run's figures."""
+    return f"oracle/{measure}"
