@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from uda import checks, running
+from uda.metrics.counts import ConfusionMetric, accuracy
+from uda.metrics.figures import TargetFigures
+from uda.metrics.names import oracle
 from uda.passes import DomainPool, PoolCollector
 from uda.plugin import Prediction
 from uda.selection.shared import SharedScores
@@ -18,24 +20,14 @@ from uda.step import DomainBatch
 if TYPE_CHECKING:
     from uda.module import UDA
 
-#: Prefix of every figure that target labels had a part in. Nothing with this prefix may choose anything.
-ORACLE = "oracle/"
-
-
-def accuracies(confusion: Tensor) -> tuple[float, float]:
-    """Instance accuracy and class mean (over the classes that occur) of a confusion matrix ``[C, C]``, row = truth."""
-    confusion = confusion.double()
-    per_class, seen = confusion.diagonal(), confusion.sum(1)
-    occurs = seen > 0
-    return float(per_class.sum() / seen.sum()), float((per_class[occurs] / seen[occurs]).mean())
-
 
 class Evaluation:
     """Metrics of one pass of a stage (``"val"`` or ``"test"``)."""
 
     def __init__(self, model: UDA) -> None:
         self.model = model
-        self.confusions: dict[tuple[str, str], MulticlassConfusionMatrix] = {}
+        self.confusions: dict[tuple[str, str], ConfusionMetric] = {}
+        self.target = TargetFigures(model)
         self.scores = SharedScores(model, pool=not model.trainer.sanity_checking)
         self.collectors: dict[str, PoolCollector] = {}
         self.pools: dict[str, DomainPool] = {}
@@ -47,37 +39,32 @@ class Evaluation:
     def update(self, batch: DomainBatch, y: Tensor | None, rows: Tensor) -> None:
         """Take in one batch. ``y`` ``[B]`` holds -1 where a label is unknown; ``rows`` are this rank's own."""
         prediction = self.model.predict_batch(batch)
-        label = prediction.label
-        if prediction.unknown is not None:
-            label = torch.where(prediction.unknown, self.model.num_classes, label)
-        y = y if y is not None else torch.full_like(label, -1)
-        known = rows & (y >= 0)
+        y = y if y is not None else torch.full_like(prediction.label, -1)
         key = (batch.role, batch.name)
         if key not in self.confusions:  # class C stands for 'unknown'
-            metric = MulticlassConfusionMatrix(self.model.num_classes + 1, validate_args=False)
-            self.confusions[key] = metric.to(self.model.device)
-        self.confusions[key].update(label[known], y[known].clamp(max=self.model.num_classes))
+            self.confusions[key] = ConfusionMetric(self.model.num_classes).to(self.model.device)
+        self.confusions[key].update(prediction.label, torch.where(rows, y, -1), prediction.unknown)
+        if batch.role == "target":
+            self.target.update(batch, prediction, y, rows)
         self.scores.update(batch, rows, y if batch.role == "source" else None)
         if batch.name in self.collectors:
             collector = self.collectors[batch.name]
             collector.add(batch.index[rows], batch.features[rows], batch.logits[rows], y[rows])
 
     def compute(self) -> dict[str, float]:
-        """All figures; target accuracies carry the prefix ``oracle/``. Collective under DDP."""
+        """All figures; those that target labels had a part in carry the prefix ``oracle/``. Collective under DDP."""
         out: dict[str, float] = {}
         source: list[float] = []
         for (role, name), metric in self.confusions.items():
             confusion = metric.compute()
             if confusion.sum() == 0:  # an unlabelled domain has no accuracy
                 continue
-            instance, class_mean = accuracies(confusion)
             if role == "source":
-                source.append(instance)
+                source.append(float(accuracy(confusion.cpu())))
                 if len(self.model.source_names) > 1:
-                    out[f"source_accuracy/{name}"] = instance
+                    out[f"source_accuracy/{name}"] = source[-1]
             else:
-                out[f"{ORACLE}target_accuracy"] = instance
-                out[f"{ORACLE}target_class_accuracy"] = class_mean
+                out |= {oracle(k): v for k, v in self.target.compute(confusion).items()}
         if source:
             out["source_accuracy"] = sum(source) / len(source)
         out |= self.scores.compute()
@@ -160,7 +147,7 @@ class EvaluationLoop(L.LightningModule):
         checks.check_adapt(self)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """``index``, ``label``, ``score``, ``unknown`` and ``probs`` of a target batch."""
+        """``index``, ``label``, ``score``, ``unknown``, ``unknown_score`` and ``probs`` of a target batch."""
         domain = self.batch(batch["x"], index=batch["index"])
         if self.hooks.filled("adapt"):
             running.adapt(self, domain)
@@ -168,5 +155,6 @@ class EvaluationLoop(L.LightningModule):
         unknown = p.unknown if p.unknown is not None else torch.zeros_like(p.label, dtype=torch.bool)
         rows = self.owned_rows(batch["index"])
         out = {"index": batch["index"], "label": p.label, "score": p.score, "unknown": unknown}
+        out["unknown_score"] = p.unknown_scores
         out["probs"] = domain.logits.softmax(1)
         return {k: v[rows] for k, v in out.items()}

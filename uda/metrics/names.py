@@ -27,5 +27,5 @@ HEADLINES = {"closed": "target_accuracy", "partial": "target_accuracy", "open": 
 
 
 def oracle(measure: str) -> str:
-    """Key of a measure among a run's figures."""
+    """Key of a measure among a run's figures. Nothing with this prefix may choose anything: target labels are in it."""
     return f"oracle/{measure}"
