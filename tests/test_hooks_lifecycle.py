@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -125,6 +126,11 @@ class Recorder(uda.Plugin):
         self.note("predict", role=batch.role, training=model.training)
         score, label = batch.logits.softmax(1).max(1)
         return uda.Prediction(label, score, unknown=label == 0)
+
+    @uda.hookimpl
+    def reject(self, model, batch, prediction):
+        self.note("reject", role=batch.role, label=prediction.label)
+        return replace(prediction, unknown=prediction.unknown | (prediction.label == 1))
 
     @uda.hookimpl
     def adapt(self, model, batch):
@@ -434,10 +440,11 @@ def test_predict_marks_unknowns(trainer):
     model, running = fit(trainer, {"rec": AutomaticRecorder()})
     rec = model.plugins["rec"]
     assert not any(s["training"] for s in rec.seen("predict"))
+    assert {s["role"] for s in rec.seen("reject")} == {"source", "target"}
     rec.__class__ = type("NoAdapt", (AutomaticRecorder,), {"adapt": None})
     out = running.predict(make({"rec": rec}, **data().spec), data())
     label, unknown = (torch.cat([o[k] for o in out]) for k in ("label", "unknown"))
-    assert torch.equal(unknown, label == 0)
+    assert torch.equal(unknown, label <= 1)  # that of ``predict``, and what ``reject`` adds to it
 
 
 def test_weights_reach_the_shared_part_only(trainer):
