@@ -116,3 +116,21 @@ def test_the_total_is_weighed(monkeypatch):
 def test_mean_over_one_process_is_the_tensor_itself():
     tensors = [torch.randn(2, 3), torch.randn(4, dtype=torch.float64)]
     assert all(a is b for a, b in zip(ranks.mean_over_ranks(tensors), tensors, strict=True))
+
+
+class Weighs(uda.Plugin):
+    """Leaves out the first source sample and doubles the second."""
+
+    manual = True
+
+    @uda.hookimpl
+    def prepare_batch(self, step):
+        step.source.weight = torch.tensor([0.0, 2.0, 1, 1, 1, 1, 1, 1])
+
+
+def test_weights_of_source_samples():
+    model, step = make_step(Weighs())
+    each = torch.nn.functional.cross_entropy(step.source.logits, step.source.y, reduction="none")
+    expected = (each[1:].sum() + each[1]) / 8
+    torch.testing.assert_close(step.objectives["classification"], expected)
+    torch.testing.assert_close(model.again(step).objectives["classification"], expected)

@@ -73,7 +73,7 @@ def prepare_batch(step: Step) -> None:
     """Change the inputs before the forward: mixing of samples, choice of views.
 
     ``step.source.x`` and ``step.target.x`` may be replaced, and so may ``step.source.y`` (class ids ``[B]`` or
-    a distribution ``[B, C]``).
+    a distribution ``[B, C]``). ``step.source.weight`` ``[B]`` weighs the samples of the source classification.
     """
 
 

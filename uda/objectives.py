@@ -31,7 +31,9 @@ def collect(model: UDA, step: Step) -> None:
     """
     objectives = step.objectives
     if step.sources:
-        losses = {n: classification_loss(b.logits, b.y, model.label_smoothing) for n, b in step.sources.items()}
+        losses = {
+            n: classification_loss(b.logits, b.y, model.label_smoothing, b.weight) for n, b in step.sources.items()
+        }
         objectives["classification"] = step.domain_mean(losses)
     if (few := step.labelled) is not None:
         objectives["labelled_target"] = classification_loss(few.logits, few.y, model.label_smoothing)
@@ -66,6 +68,8 @@ def again(step: Step) -> Step:
     data: dict[str, Any] = {"sources": {n: inputs(b) for n, b in step.sources.items()}}
     data |= {r: inputs(getattr(step, r)) for r in ("target", "held_out", "labelled") if getattr(step, r) is not None}
     fresh = Step(step.model, data, step.progress, step.batch_idx, step.index)
+    for name, batch in step.sources.items():
+        fresh.sources[name].weight = batch.weight
     if (prepared := getattr(step, "prepared", None)) is not None:
         caches, given = prepared
         for mine, kept in zip(_owners(fresh), caches, strict=True):

@@ -70,11 +70,13 @@ class DomainBatch:
         views: ``{"x": View, "weak": View, "strong": View}``, those that are loaded.
         y: class ids ``[B]`` (or a distribution ``[B, C]`` after mixing); None on an unlabelled target.
         index: position of each sample in its domain's training pool ``[B]``.
+        weight: of each source sample in its classification ``[B]``, set in ``prepare_batch``: the objective is the mean
+            over all B samples of weight times cross-entropy. None for 1.
         pseudo: pseudo-labels of this step, on the target only.
         cache: free space for a plugin's intermediates; keys should start with the plugin's key.
     """
 
-    __slots__ = ("_step", "cache", "index", "model", "name", "pseudo", "role", "views", "y")
+    __slots__ = ("_step", "cache", "index", "model", "name", "pseudo", "role", "views", "weight", "y")
 
     def __init__(self, model: UDA, name: str, role: str, data: dict[str, Tensor], step: Step | None = None) -> None:
         self.model, self.name, self.role, self._step = model, name, role, step
@@ -82,6 +84,7 @@ class DomainBatch:
         self.y: Tensor | None = data.get("y") if role in ("source", "labelled") else None
         self.index: Tensor | None = data.get("index")
         self.pseudo: PseudoLabels | None = None
+        self.weight: Tensor | None = None
         self.cache: dict[str, Any] = {}
 
     def __len__(self) -> int:
