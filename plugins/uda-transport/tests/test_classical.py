@@ -75,6 +75,15 @@ def test_classes_arrive_at_their_like(method):
         assert (moved.target_probs.argmax(1) == t).mean() > 0.9
 
 
+def test_sinkhorn_of_a_tiny_entropy_falls_back_to_logarithms():
+    """exp(-cost / reg) underflows for a source sample far from all others; the plan must still move it."""
+    (x, y), (z, _) = blobs(30), blobs(24, shift=0.0, seed=1)
+    x[0] += 300.0
+    moved = transport([x], [y], z, "sinkhorn", reg=0.01, norm=None)
+    low, high = z.min(0) - 1e-6, z.max(0) + 1e-6
+    assert ((moved.sources[0] >= low) & (moved.sources[0] <= high)).all()  # barycentres of target samples
+
+
 def test_jcpot_finds_the_class_shares_where_the_plain_plan_cannot():
     sources = [blobs(60, 0.0, seed=k, shares=s) for k, s in enumerate([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]])]
     z, t = blobs(80, shift=0.5, seed=5, shares=[0.15, 0.7, 0.15])

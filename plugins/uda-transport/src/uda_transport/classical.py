@@ -119,7 +119,10 @@ def transport(
     offered = inspect.signature(cls).parameters
     if unknown := sorted(set(options) - set(offered)):
         raise UDAError(f"ot.da.{cls.__name__} has no option {unknown[0]!r}. It offers {', '.join(offered)}.")
-    adapter = cls(**{k: v for k, v in given.items() if k in offered} | options)
+    if method == "sinkhorn":  # POT's default solver works on logarithms: the same plan, forty times slower
+        given |= {"method": "sinkhorn", "out_of_sample_map": "ferradans"}
+    given = {k: v for k, v in given.items() if k in offered} | options
+    adapter = cls(**given)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if several:
@@ -129,6 +132,8 @@ def transport(
             moved = [x * scale for x in adapter.transform(Xs=split)][: len(sources)]
         else:
             adapter.fit(Xs=pooled, ys=y, Xt=target)
+            if given.get("method") == "sinkhorn" and not _moves_all(adapter.coupling_):
+                adapter = cls(**given | {"method": "sinkhorn_log"}).fit(Xs=pooled, ys=y, Xt=target)
             moved = np.split(adapter.transform(Xs=pooled), ends)
     if any("converge" in str(w.message) for w in caught):
         warn_once(f"ot.da.{cls.__name__}", "Raise reg, or max_iter where it is offered.")
@@ -141,6 +146,11 @@ def transport(
         shares = np.zeros(classes)
         shares[present] = adapter.proportions_
     return Transported(moved, probs, shares)
+
+
+def _moves_all(plan: np.ndarray) -> bool:
+    """Whether a plan is whole: where ``exp(-cost / reg)`` underflows rows of it are zero or not finite."""
+    return bool(np.isfinite(plan).all() and (plan.sum(1) > 0).all())
 
 
 def _scale(source: np.ndarray, target: np.ndarray, norm: str | None) -> float:
