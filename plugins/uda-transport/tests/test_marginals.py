@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from uda_transport.coot import coot
@@ -28,6 +29,7 @@ def test_coot(n, d, m, e, epsilon, epsilon_features, seed):
         np.testing.assert_allclose(plan.sum(0), 1 / columns, atol=1e-6)
 
 
+@pytest.mark.slow
 @settings(quiet, max_examples=8)
 @given(sizes, sizes, sizes, sizes, st.sampled_from([0.5, 2.0]), st.integers(0, 99))
 def test_ucoot_approaches_the_marginals(n, d, m, e, epsilon, seed):
