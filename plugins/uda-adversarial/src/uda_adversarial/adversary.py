@@ -62,17 +62,10 @@ class Adversary(uda.Plugin):
         """The discriminator at its own rate."""
         return [{"name": self.key, "params": self.discriminator.parameters(), "lr_scale": self.lr_scale}]
 
-    def adversarial(
-        self,
-        step: uda.Step,
-        source: Tensor,
-        target: Tensor,
-        source_weight: Tensor | None = None,
-        target_weight: Tensor | None = None,
-    ) -> Tensor:
-        """Discriminate ``source`` ``[Bs, D]`` (label 1) from ``target`` ``[Bt, D]`` (label 0) behind the reversal.
+    def domain_logits(self, step: uda.Step, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``[Bs]``, ``[Bt]`` of the discriminator behind the reversal: ``source [Bs, D]``, ``target [Bt, D]``.
 
-        One discriminator forward over both, so that its normalisation sees both domains.
+        One forward over both, so that its normalisation sees both domains.
         """
         coefficient = self.reversal * warm_start(step.progress, self.gamma)
         logits = self.discriminator(reverse_gradient(torch.cat([source, target]), coefficient)).squeeze(1)
@@ -81,4 +74,16 @@ class Adversary(uda.Plugin):
             domain_accuracy=lambda: ((source_logit > 0).float().mean() + (target_logit <= 0).float().mean()) / 2,
             reversal=coefficient,
         )
-        return self.weight * domain_adversarial_loss(source_logit, target_logit, source_weight, target_weight)
+        return source_logit, target_logit
+
+    def adversarial(
+        self,
+        step: uda.Step,
+        source: Tensor,
+        target: Tensor,
+        source_weight: Tensor | None = None,
+        target_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Discriminate ``source`` ``[Bs, D]`` (label 1) from ``target`` ``[Bt, D]`` (label 0) behind the reversal."""
+        logits = self.domain_logits(step, source, target)
+        return self.weight * domain_adversarial_loss(*logits, source_weight, target_weight)

@@ -1,0 +1,201 @@
+"""Partial methods against their equations in loops, and on a target that lacks classes."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from uda_partial import BA3US, PADA, SAN, ClassWeights
+from uda_partial.ba3us import augmented_domain_loss, complement_entropy
+from uda_partial.san import ClasswiseDiscriminators, selective_loss
+from uda_partial.weights import class_weights
+
+import uda
+from uda.testing import check_plugin, check_plugins_ddp
+
+SMALL = {"hidden": 8}
+CASES = [
+    (PADA, {**SMALL, "temperature": 0.1}), (SAN, {**SMALL, "warmup": 0.0, "every": 2}), (BA3US, {**SMALL, "complement_weight": 2.0}),
+    (ClassWeights, {"normalise": "mean"}),
+]  # fmt: skip
+
+
+def softmax(z):
+    e = np.exp(z - z.max())
+    return e / e.sum()
+
+
+def softplus(v):
+    return math.log1p(math.exp(v))
+
+
+# ------------------------------------------------------------------------------------------------ equations
+
+
+@pytest.mark.parametrize("normalise", ["max", "sum", "mean"])
+def test_class_weights_by_loops(normalise):
+    z = 2 * np.random.default_rng(0).normal(size=(7, 4))
+    gamma = sum(softmax(row / 0.5) for row in z) / 7
+    gamma = gamma / {"max": gamma.max(), "sum": gamma.sum(), "mean": gamma.mean()}[normalise]
+    np.testing.assert_allclose(class_weights(torch.tensor(z), 0.5, normalise), gamma, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_augmented_domain_loss_by_loops(rows):
+    draw = np.random.default_rng(1)
+    zs, zt, ws, wt = draw.normal(size=6), draw.normal(size=5), draw.random(6), draw.random(5)
+    source = sum(w * softplus(-z) for w, z in zip(ws, zs, strict=True))
+    source += sum(ws[i] * softplus(zs[i]) for i in range(rows))
+    source /= sum(ws) + sum(ws[:rows])
+    target = sum(w * softplus(z) for w, z in zip(wt, zt, strict=True)) / sum(wt)
+    expected = ((1 + rows / 6) * source + target) / (2 + rows / 6)
+    got = augmented_domain_loss(*map(torch.tensor, (zs, zt, ws, wt)), rows)
+    assert float(got) == pytest.approx(expected, rel=1e-9)
+
+
+def test_complement_entropy_by_loops_and_whom_its_gradient_spreads():
+    draw = np.random.default_rng(2)
+    z, y, w = draw.normal(size=(5, 4)), draw.integers(0, 4, 5), draw.random(5)
+    total, norm = 0.0, 0.0
+    for zi, c, wi in zip(z, y, w, strict=True):
+        p = softmax(zi)
+        q = np.delete(p, c) / (1 - p[c])
+        total += wi * (1 - p[c]) * (q * np.log(q)).sum() / math.log(3)
+        norm += wi * (1 - p[c])
+    logits = torch.tensor(z, requires_grad=True)
+    value = complement_entropy(logits, torch.tensor(y), torch.tensor(w))
+    assert float(value.detach()) == pytest.approx(total / norm, rel=1e-9)
+    value.backward()
+    right = logits.grad.gather(1, torch.tensor(y)[:, None])
+    torch.testing.assert_close(right, torch.zeros_like(right))  # the true class is left alone
+    sharp = torch.tensor([[0.0, 5.0, -5.0]], requires_grad=True)
+    complement_entropy(sharp, torch.tensor([0]), torch.ones(1)).backward()
+    assert sharp.grad[0, 1] > 0 > sharp.grad[0, 2]  # descent draws the wrong classes together
+
+
+def test_discriminators_and_selective_loss_by_loops():
+    torch.manual_seed(0)
+    net = ClasswiseDiscriminators(3, 4, 5, 1, 0.0).double()
+    x, p, w = torch.randn(6, 4).double(), torch.rand(6, 3).double().softmax(1), torch.rand(3).double()
+    logits = torch.zeros(6, 3).double()
+    for k in range(3):
+        (w0, w1), (b0, b1) = [v[k] for v in net.weights], [v[k] for v in net.biases]
+        for i in range(6):
+            logits[i, k] = ((x[i] @ w0 + b0[0]).relu() @ w1 + b1[0])[0]
+    torch.testing.assert_close(net(x), logits)
+    z = logits.detach()
+    for domain in (0.0, 1.0):
+        total = sum(
+            float(w[k] * p[i, k]) * softplus(float(-z[i, k] if domain else z[i, k]))
+            for i in range(6) for k in range(3)
+        )  # fmt: skip
+        assert float(selective_loss(logits, domain, p, w).detach()) == pytest.approx(total / 6, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ what they do
+
+
+def refreshed(plugin, logits, progress=0.5, classes=3):
+    plugin.make_estimate(classes)
+    plugin.refresh(SimpleNamespace(progress=progress), SimpleNamespace(target=SimpleNamespace(logits=logits)))
+    return plugin
+
+
+def test_classes_that_the_target_lacks_weigh_little_after_the_warmup():
+    logits = torch.tensor([[4.0, 0.0, -4.0], [0.0, 4.0, -4.0]]).repeat(10, 1)
+    early = refreshed(ClassWeights(warmup=0.6), logits)
+    assert early.class_weight.tolist() == [1, 1, 1]
+    late = refreshed(ClassWeights(warmup=0.4), logits)
+    assert late.class_weight[2] < 0.01
+    batch = SimpleNamespace(y=torch.tensor([0, 1, 2, 2]), weight=None)
+    late.log_later = lambda **_: None
+    late.prepare_batch(SimpleNamespace(sources={"s": batch}))
+    assert float(batch.weight.mean()) == pytest.approx(1)
+    assert batch.weight[2:].max() < 0.01 * batch.weight[0]
+    by_batch = refreshed(ClassWeights(mean="batch"), logits)
+    by_batch.log_later = lambda **_: None
+    by_batch.prepare_batch(SimpleNamespace(sources={"s": batch}))  # weights of two plugins multiply
+    assert float(batch.weight[0]) == pytest.approx(4 / (2 + 2 * float(late.class_weight[2])), rel=1e-3)
+
+
+@pytest.fixture
+def quiet_trainer():
+    """``quiet_trainer(max_epochs=1)``: on one CPU, and says nothing."""
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return lambda **options: L.Trainer(accelerator="cpu", devices=1, **dict.fromkeys(off, False), **options)
+
+
+def partial(**options):
+    """Six classes in the source, the first three in the target."""
+    split = {"known": 3, "source_private": 3}
+    return uda.DataModule(
+        uda.data.Generated("blobs", classes=6, n=360, features=6, noise=0.3, seed=2), "source", "target",
+        setting="partial", classes=split, batch_size=32, epoch_steps=20, seed=0, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "options"), CASES[:3])
+def test_the_weights_find_the_classes(cls, options, quiet_trainer):
+    torch.manual_seed(0)
+    data = partial()
+    plugin = cls(**{**options, "warmup": 0.25})
+    model = uda.UDA("mlp", {"align": plugin}, bottleneck=16)
+    trainer = quiet_trainer(max_epochs=6)
+    trainer.fit(model, data)
+    weight = model.plugins["align"].class_weight
+    assert float(weight[:3].mean()) > 1.5 * float(weight[3:].mean())
+    named = {n: float(v) for n, v in trainer.callback_metrics.items()}
+    assert named["oracle/target_accuracy"] > 0.6
+
+
+def test_weights_differ_from_no_weights(quiet_trainer):
+    """The same seed, with and without: other networks."""
+    ends = []
+    for plugins in ({}, {"w": ClassWeights(warmup=0.0)}, {"a": PADA(weight=0.0, warmup=0.0, **SMALL)}):
+        torch.manual_seed(0)
+        model = uda.UDA("mlp", plugins, bottleneck=16)
+        quiet_trainer(max_epochs=3).fit(model, partial())
+        ends.append(next(model.head.parameters()).detach().clone())
+    assert not torch.allclose(ends[0], ends[1], atol=1e-4)
+    torch.testing.assert_close(ends[1], ends[2], rtol=1e-3, atol=1e-4)  # PADA without its adversary is the weights
+
+
+def test_bad_arguments():
+    for make in (
+        lambda: ClassWeights(temperature=0.0), lambda: ClassWeights(normalise="l2"), lambda: ClassWeights(mean="all"),
+        lambda: PADA(warmup=1.5), lambda: SAN(entropy_weight=-1.0), lambda: SAN(dropout=1.0), lambda: BA3US(lent=2.0),
+    ):  # fmt: skip
+        with pytest.raises(uda.UDAError):
+            make()
+
+
+def test_an_open_target_is_refused(quiet_trainer):
+    data = uda.DataModule(
+        uda.data.Generated("blobs", classes=6, n=120, features=4), "source", "target", batch_size=16, epoch_steps=1,
+        classes={"known": 3, "source_private": 1, "target_private": 2},
+    )  # fmt: skip
+    with pytest.raises(uda.UDAError, match="PADA"):
+        quiet_trainer(max_epochs=1).fit(uda.UDA("mlp", {"align": PADA(**SMALL)}, bottleneck=8), data)
+
+
+# ------------------------------------------------------------------------------------------------ lifecycle
+
+
+def test_plugin():
+    report = check_plugin(PADA, init_args=SMALL, ddp=False)
+    assert report.objectives == ["domain"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cls", "options"), CASES[1:])
+def test_other_plugins(cls, options):
+    check_plugin(cls, init_args=options, ddp=False)
+
+
+@pytest.mark.slow
+def test_under_two_processes():
+    check_plugins_ddp([(cls, {"init_args": options}) for cls, options in CASES])
