@@ -154,7 +154,8 @@ def test_evaluation_logs_them(quiet_trainer):
         Generated("blobs", classes=6, n=240, features=4, noise=0.5), "source", "target", classes=split, batch_size=16,
         eval_batch_size=50, epoch_steps=4, seed=0,
     )  # fmt: skip
-    model = uda.UDA("mlp", {"r": uda.Reject(quantile=0.8)}, bottleneck=8)
+    torch.manual_seed(0)
+    model = uda.UDA("mlp", {"r": uda.Reject(quantile=0.3)}, bottleneck=8)
     trainer = quiet_trainer(max_epochs=1)
     trainer.fit(model, data)
     logged = trainer.callback_metrics
@@ -182,3 +183,39 @@ def test_evaluation_logs_them(quiet_trainer):
         assert shown[name] == pytest.approx(float(value), abs=1e-6), name
     assert 0 < shown["unk"] < 1
     assert set(trainer.callback_metrics) >= {"source_accuracy", "select/im", "select/collapsed"}
+
+
+def test_summary_table_and_ledger_carry_the_headline(tmp_path, quiet_trainer, capsys):
+    from uda.bench.tables import accuracy_table, frame, headline_of
+    from uda.data import DataModule, Generated
+    from uda.run import RunSummary
+
+    records = []
+    for setting, split in (("closed", None), ("universal", {"known": 3, "source_private": 1, "target_private": 2})):
+        data = DataModule(
+            Generated("blobs", classes=6, n=240, features=4, noise=0.5), "source", "target", classes=split,
+            setting=setting, batch_size=16, eval_batch_size=50, epoch_steps=4, seed=0,
+        )  # fmt: skip
+        summary = RunSummary(tmp_path / setting, select_by="im")
+        torch.manual_seed(0)
+        model = uda.UDA("mlp", {"r": uda.Reject(threshold=0.3)}, bottleneck=8, scores=["im"])
+        quiet_trainer(max_epochs=2, callbacks=[summary]).fit(model, data)
+        found, told = summary.summary, capsys.readouterr().out
+        assert found["setting"] == setting
+        assert found["headline"] == ("target_accuracy" if setting == "closed" else "h_score")
+        assert ("H-score" in told) == ("(universal)" in told) == ("h_score" in found) == (setting == "universal")
+        if setting == "universal":
+            assert found["h_score"].keys() == {"last", "selected", "oracle"}
+            assert found["h_score"]["oracle"] >= found["h_score"]["last"]
+            assert set(found) >= {"os", "os_star", "unk", "h3_score", "auroc", "oscr"}
+        records.append({
+            "suite": "s", "task": "t", "method": "m", "seed": 0, "key": setting, "status": "finished",
+            "select_by": "im", "metrics": {k: v for k, v in found.items() if k in uda.metrics.names.MEASURES},
+        } | ({} if setting == "closed" else {"headline": found["headline"]}))  # fmt: skip
+    assert headline_of(records[1:]) == "h_score"
+    table = accuracy_table(frame(records[1:], "h_score"), measure="h_score")
+    assert "H-score in %" in table.caption
+    assert table.rows[0][1] == f"{100 * found['h_score']['last']:.1f}"
+    records[1]["task"] = "u"
+    with pytest.raises(uda.UDAError, match="--measure"):
+        headline_of(records)

@@ -12,16 +12,18 @@ import yaml
 from uda.bench.launch import Outcome
 from uda.bench.merge import folded
 from uda.bench.suite import Run
+from uda.metrics.names import MEASURES
 
 _METRICS = ("source_accuracy", "target_accuracy", "target_class_accuracy")
+_SETTING = ("setting", "headline")  # of runs that are not closed
 _COPIED = ("seconds", "steps", "epochs", "peak_memory_mib", "device", "world_size", "versions", "config_hash")
 
 
 def ledger_line(run: Run, outcome: Outcome) -> dict[str, Any]:
     """The record of a run that has ended.
 
-    Finished: suite, task, method, seed, key, ``metrics`` (fractions of 1; target accuracies ``last``,
-    ``selected`` and ``oracle``), ``scores`` (label-free, by name), ``selection``, seconds, peak memory in
+    Finished: suite, task, method, seed, key, ``metrics`` (fractions of 1; those of the target ``last``,
+    ``selected`` and ``oracle``), setting and headline measure where classes differ, ``scores`` (label-free, by name), ``selection``, seconds, peak memory in
     MiB, versions, the full config and its hash. Failed: the last lines of the log.
     """
     line: dict[str, Any] = {
@@ -37,7 +39,8 @@ def ledger_line(run: Run, outcome: Outcome) -> dict[str, Any]:
     return {
         **line,
         "status": "finished",
-        "metrics": {name: summary.get(name) for name in _METRICS},
+        **{name: summary[name] for name in _SETTING if summary.get("setting") not in (None, "closed")},
+        "metrics": {name: summary.get(name) for name in _METRICS} | {m: summary[m] for m in MEASURES if m in summary},
         "scores": summary.get("scores") or {},
         "selection": summary.get("selection"),
         **{name: summary.get(name) for name in _COPIED},

@@ -189,7 +189,8 @@ def _told(run: Run, line: dict[str, Any] | None, target: bool) -> str:
         return "interrupted"
     if line["status"] == "failed":
         return f"FAILED, log in {run.folder}.log\n    " + "\n    ".join(line["error"].splitlines()[-3:])
-    accuracy = (line["metrics"].get("target_accuracy") or {}).get("last")
+    headline = line.get("headline", "target_accuracy")
+    accuracy = (line["metrics"].get(headline) or {}).get("last")
     figure = "" if accuracy is None or not target else f", target {100 * accuracy:.1f}"
     return f"{line['wall_seconds']:.1f} s{figure}"
 

@@ -12,6 +12,7 @@ import pandas as pd
 from uda.bench.ledger import latest
 from uda.bench.statistics import TESTS, average_by_seed, mean_and_spread, survives
 from uda.errors import UDAError, nearest
+from uda.metrics.names import MEASURES
 
 FIGURES = ("last", "selected", "oracle")
 AVERAGE = "average"
@@ -136,15 +137,23 @@ def accuracy_table(
         if (best := survives(of_column, test, alpha)) is not None:
             bold.add((methods.index(best), column))
     caption = (
-        f"{_measure(measure)} in %, {_figure(data, figure)}; {_spread(data)}"
+        f"{MEASURES[measure]} in %, {_figure(data, figure)}; {_spread(data)}"
         f"{_gaps(pairs)}. Bold: the best of a column where its lead over the second survives a {TESTS[test]} "
         f"over (task, seed) pairs, alpha {alpha:g}, two-sided."
     )
     return Table(head, rows, caption, pd.DataFrame(numbers), bold)
 
 
-def _measure(measure: str) -> str:
-    return {"target_accuracy": "Target accuracy", "target_class_accuracy": "Target class-mean accuracy"}[measure]
+def headline_of(records: Iterable[Mapping[str, Any]]) -> str:
+    """The measure that stands for these runs: that of their setting.
+
+    Raises:
+        UDAError: runs of settings with different ones.
+    """
+    found = {r.get("headline", "target_accuracy") for r in latest(records)}
+    if len(found) > 1:
+        raise UDAError(f"the ledger has runs of several settings: name one of {', '.join(sorted(found))} as --measure")
+    return found.pop() if found else "target_accuracy"
 
 
 def _figure(data: pd.DataFrame, figure: str) -> str:
@@ -199,7 +208,7 @@ def figures_table(
     rules = ", ".join(sorted(set(data["select_by"].dropna())))
     plural = "s" * (len(tasks) > 1)
     caption = (
-        f"{_measure(measure)} in %, average over {len(tasks)} task{plural}; {_spread(data)}. "
+        f"{MEASURES[measure]} in %, average over {len(tasks)} task{plural}; {_spread(data)}. "
         f"Last: last epoch. Selected: by the label-free score {rules}. Oracle: best epoch by "
         "target labels. Source: accuracy on held-back source data. Seconds: median training time of a run; "
         "MiB: largest peak memory."

@@ -14,6 +14,7 @@ from uda.bench.ledger import Ledger
 from uda.bench.suite import Suite
 from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.errors import UDAError, nearest
+from uda.metrics.names import MEASURES
 
 
 def main(argv: list[str]) -> int:
@@ -137,9 +138,7 @@ def table_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kind", choices=("accuracy", "figures", "scores", "suites"), default="accuracy", help=kinds)
     parser.add_argument("--figure", choices=FIGURES, default="last")
-    parser.add_argument(
-        "--measure", choices=("target_accuracy", "target_class_accuracy"), default="target_accuracy"
-    )
+    parser.add_argument("--measure", choices=tuple(MEASURES), help="the headline of the runs' setting")
     parser.add_argument("--format", choices=FORMATS, default="md")
     parser.add_argument(
         "--test", choices=tuple(TESTS), default="wilcoxon", help="paired test behind the bold figures"
@@ -181,31 +180,33 @@ def made(args: argparse.Namespace, folder: Path = Path(".")) -> str:
 
     if not args.source or (len(args.source) > 1 and args.kind not in ("suites", "scores")):
         raise UDAError("name a suite or a ledger (one; several for --kind suites or scores).")
+    measure = args.measure or "target_accuracy"
     if args.kind == "scores" and len(args.source) > 1:
         from uda.bench.scores import scores_over
 
-        frames = [tables.frame(records_of(source, folder)[0], args.measure) for source in args.source]
+        frames = [tables.frame(records_of(source, folder)[0], measure) for source in args.source]
         return render(scores_over(frames), args.format)
     if args.kind == "suites":
         from uda.bench.across import suites_table
 
         records = [r for source in args.source for r in records_of(source, folder)[0]]
-        data = tables.frame(records, args.measure)
+        data = tables.frame(records, measure)
         wanted = tables.pick(tables.in_order(data["method"], None), args.methods, "method")
         table = suites_table(data, wanted, args.figure, test=args.test, alpha=args.alpha)
         return render(table, args.format)
     records, tasks, methods = records_of(args.source[0], folder)
-    data = tables.frame(records, args.measure)
+    measure = args.measure or tables.headline_of(records)
+    data = tables.frame(records, measure)
     tasks = tables.pick(tables.in_order(data["task"], tasks), args.tasks, "task")
     methods = tables.pick(tables.in_order(data["method"], methods), args.methods, "method")
     if args.kind == "figures":
-        table = tables.figures_table(data, tasks, methods, args.measure)
+        table = tables.figures_table(data, tasks, methods, measure)
     elif args.kind == "scores":
         from uda.bench.scores import scores_table
 
         table = scores_table(data, tasks, methods)
     else:
-        table = tables.accuracy_table(data, args.figure, tasks, methods, args.test, args.alpha, args.measure)
+        table = tables.accuracy_table(data, args.figure, tasks, methods, args.test, args.alpha, measure)
     return render(table, args.format)
 
 

@@ -11,8 +11,10 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
+from uda.metrics.names import MEASURES, oracle
 from uda.run.directory import numbered_file
-from uda.run.summary import TARGET, device_of, figures_of, percent, rounded, versions
+from uda.run.figures import figures_of, measures_of, percent, rounded, setting_of
+from uda.run.summary import device_of, versions
 
 
 class PredictionWriter(L.Callback):
@@ -111,18 +113,21 @@ class EvaluationWriter(L.Callback):
         result = {
             "checkpoint": self.checkpoint,
             "source_accuracy": rounded(figures.get("source_accuracy")),
-            "target_accuracy": rounded(figures.get("oracle/target_accuracy")),
-            "target_class_accuracy": rounded(figures.get("oracle/target_class_accuracy")),
+            **{m: rounded(figures.get(oracle(m))) for m in measures_of(figures)},
             "select": {
                 k.removeprefix("select/"): rounded(v) for k, v in figures.items() if k.startswith("select/")
             },
             "source": list(model.source_names),
             "target": model.target_name,
+            **setting_of(getattr(trainer, "datamodule", None)),
             "versions": versions(model),
             **device_of(trainer),
         }
         self.dirpath.mkdir(parents=True, exist_ok=True)
         path = numbered_file(self.dirpath, f"{stage}.json")
         path.write_text(json.dumps(result, indent=2) + "\n")
-        source, instance, mean = (percent(result[k]) for k in ("source_accuracy", *TARGET))
-        print(f"accuracy, %: source {source}, target {instance} (class mean {mean}). All figures: {path}")
+        names = ("source_accuracy", "target_accuracy", "target_class_accuracy")
+        source, instance, mean = (percent(result[k]) for k in names)
+        headline = result["headline"]
+        more = "" if headline in names else f", {MEASURES[headline]} {percent(result.get(headline))}"
+        print(f"accuracy, %: source {source}, target {instance} (class mean {mean}){more}. All figures: {path}")

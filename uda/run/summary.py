@@ -21,13 +21,11 @@ import torch
 import uda
 from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.described import describe
+from uda.metrics.names import oracle
+from uda.run.figures import figures_of, measures_of, print_table, rounded, setting_of
 from uda.run.history import ObjectiveMeans, write_history
 from uda.selection import monitor_value, needed_scores, running_choice, select_epoch
 
-TARGET = {
-    "target_accuracy": "oracle/target_accuracy",
-    "target_class_accuracy": "oracle/target_class_accuracy",
-}
 #: trainer settings that change no weight, and keys that hold paths of one machine
 _NO_EFFECT = {
     "default_root_dir", "logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing",
@@ -90,13 +88,6 @@ def device_of(trainer: L.Trainer) -> dict[str, Any]:
         )
         name = device.type
     return {"device": name, "world_size": trainer.world_size, "peak_memory_mib": round(peak, 1)}
-
-
-def figures_of(trainer: L.Trainer, prefix: str = "") -> dict[str, float]:
-    """Accuracies and label-free scores of the evaluation that has just ended."""
-    wanted = ("source_accuracy", "oracle/", "select/")
-    found = {k.removeprefix(prefix): v for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
-    return {k: float(v) for k, v in found.items() if k.startswith(wanted)}
 
 
 class RunSummary(L.Callback):
@@ -211,21 +202,21 @@ class RunSummary(L.Callback):
             taken = {} if chosen is None else self.history[chosen]
             out[name] = {
                 "last": rounded(self.history[-1][f"select/{name}"]),
-                "target_accuracy": rounded(taken.get(TARGET["target_accuracy"])),
+                "target_accuracy": rounded(taken.get(oracle("target_accuracy"))),
             }
         return out
 
     def make(self, trainer: L.Trainer, model: L.LightningModule) -> dict[str, Any]:
-        """The summary as plain data; accuracies are fractions of 1, and None where there are no labels."""
+        """The summary as plain data; measures are fractions of 1, and None where there are no labels."""
         last = self.history[-1] if self.history else {}
         score = f"select/{self.select_by}"
         choose = running_choice if self.select_by == "vote" else select_epoch  # the one that was kept
         chosen = choose(self.history, self.select_by)  # none that has collapsed
         selected = None if chosen is None else self.history[chosen]
-        accuracies = {}
-        for name, key in TARGET.items():
-            rows = {"last": last, "selected": selected or {}, "oracle": self.best(key) or {}}
-            accuracies[name] = {which: rounded(row.get(key)) for which, row in rows.items()}
+        measures = {}
+        for name in measures_of(*self.history):
+            rows = {"last": last, "selected": selected or {}, "oracle": self.best(oracle(name)) or {}}
+            measures[name] = {which: rounded(row.get(oracle(name))) for which, row in rows.items()}
         selection: dict[str, Any] = {"score": self.select_by, "epoch": None, "step": None, "value": None}
         if selected is not None:
             selection |= {
@@ -234,11 +225,10 @@ class RunSummary(L.Callback):
                 "value": rounded(selected.get(score)),
             }
         datamodule = getattr(trainer, "datamodule", None)
-        bad, few = getattr(datamodule, "bad_images", None), getattr(datamodule, "labelled_target", 0)
-        semi = {"setting": "semi-supervised", "labelled_target": few} if few else {}
+        bad = getattr(datamodule, "bad_images", None)
         return {
             "source_accuracy": rounded(last.get("source_accuracy")),
-            **accuracies,
+            **measures,
             "selection": selection,
             "scores": self.scores(),
             "seconds": round(self.seconds, 3),
@@ -248,53 +238,10 @@ class RunSummary(L.Callback):
             "seed": getattr(model, "base_seed", None),
             "source": list(getattr(model, "source_names", []) or []),
             "target": getattr(model, "target_name", None),
-            **semi,
+            **setting_of(datamodule),
             "plugins": plugins_of(model),
             "config_hash": self.config_hash,
             "versions": versions(model),
             **device_of(trainer),
             "bad_images": dict(bad) if isinstance(bad, Mapping) else None,
         }
-
-
-def rounded(value: float | None) -> float | None:
-    """Six digits: a float32 has no more."""
-    return None if value is None or not math.isfinite(value) else round(value, 6)
-
-
-def percent(value: float | None) -> str:
-    """``93.4``, or a dash."""
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def print_table(summary: dict[str, Any]) -> None:
-    """The table at the end of a fit."""
-    from rich.console import Console
-    from rich.table import Table
-
-    source = ", ".join(summary["source"]) or "no source"
-    few = summary.get("labelled_target")
-    semi = f" (semi-supervised: {few} labelled target samples a class)" if few else ""
-    table = Table(title=f"{source} -> {summary['target']}{semi}", title_justify="left", title_style="bold")
-    table.add_column("accuracy, %")
-    table.add_column("images", justify="right")
-    table.add_column("class mean", justify="right")
-    table.add_column("chosen by", overflow="fold")
-    instance, mean = summary["target_accuracy"], summary["target_class_accuracy"]
-    selection = summary["selection"]
-    chosen = f"{selection['score']} (label-free), epoch {selection['epoch']}"
-    if selection["epoch"] is None:
-        chosen = f"{selection['score']}: no epoch to choose, see docs/selection.md"
-    table.add_row("source", percent(summary["source_accuracy"]), "", "last epoch")
-    table.add_row("target", percent(instance["last"]), percent(mean["last"]), "last epoch")
-    table.add_row("target, selected", percent(instance["selected"]), percent(mean["selected"]), chosen)
-    table.add_row(
-        "target, oracle", percent(instance["oracle"]), percent(mean["oracle"]), "target labels: report only"
-    )
-    console = Console()
-    console.print(table)
-    if summary["last_validation_step"] not in (None, summary["steps"]):
-        console.print(
-            f"The last validation was at step {summary['last_validation_step']} of {summary['steps']}: make "
-            "the steps a multiple of data.epoch_steps to have figures of the end."
-        )

@@ -101,7 +101,7 @@ trainer: {{max_epochs: 2, accelerator: cpu, enable_progress_bar: false}}
     run = tmp_path / "run"
     assert main(["fit", "--config", str(config), "--run_dir", str(run)]) == 0
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["setting"], summary["labelled_target"]) == ("semi-supervised", 2)
+    assert (summary["supervision"], summary["labelled_target"]) == ("semi-supervised", 2)
     names = {p.name for p in (run / "transport").iterdir()}
     assert names == {"refine_s.npz", "refine_s.json", "refine_s.png"}
     plans = np.load(run / "transport" / "refine_s.npz")

@@ -10,7 +10,7 @@ from uda.report.figures import run_color
 from uda.report.html import Cell, Section, by_labels, details, note, paragraph, table, text
 from uda.report.sections.base import Report, lacking, matrix_of
 from uda.report.style import TARGET, Plot
-from uda.run.summary import percent
+from uda.run.figures import percent
 
 
 def section(report: Report) -> Section:

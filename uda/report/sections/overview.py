@@ -7,7 +7,7 @@ from uda.report.figures import run_color
 from uda.report.html import Cell, Section, bullets, by_labels, dot, note, oracle, paragraph, table, text
 from uda.report.sections.base import RULES, Report, held_out, method
 from uda.report.sections.remarks import remarks
-from uda.run.summary import percent
+from uda.run.figures import percent
 
 
 def section(report: Report) -> Section:
