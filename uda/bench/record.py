@@ -22,9 +22,10 @@ _COPIED = ("seconds", "steps", "epochs", "peak_memory_mib", "device", "world_siz
 def ledger_line(run: Run, outcome: Outcome) -> dict[str, Any]:
     """The record of a run that has ended.
 
-    Finished: suite, task, method, seed, key, ``metrics`` (fractions of 1; those of the target ``last``,
-    ``selected`` and ``oracle``), setting and headline measure where classes differ, ``scores`` (label-free, by name), ``selection``, seconds, peak memory in
-    MiB, versions, the full config and its hash. Failed: the last lines of the log.
+    Finished: suite, task, method, seed, key, ``metrics`` (fractions of 1; those of the target ``last``, ``selected``
+    and ``oracle``), setting and headline measure where classes differ, ``scores`` (label-free, by name),
+    ``selection``, seconds, peak memory in MiB, versions, the full config and its hash. Failed: the last lines of the
+    log.
     """
     line: dict[str, Any] = {
         "suite": run.suite, "task": run.task, "method": run.method, "seed": run.seed, "key": run.key,

@@ -19,8 +19,8 @@ from uda.testing import check_plugin, check_plugins_ddp
 
 SMALL = {"hidden": 8}
 CASES = [
-    (PADA, {**SMALL, "temperature": 0.1}), (SAN, {**SMALL, "warmup": 0.0, "every": 2}), (BA3US, {**SMALL, "complement_weight": 2.0}),
-    (ClassWeights, {"normalise": "mean"}),
+    (PADA, {**SMALL, "temperature": 0.1}), (SAN, {**SMALL, "warmup": 0.0, "every": 2}),
+    (BA3US, {**SMALL, "complement_weight": 2.0}), (ClassWeights, {"normalise": "mean"}),
 ]  # fmt: skip
 
 
