@@ -159,6 +159,16 @@ def test_the_head_learns_the_target(options):
     assert accuracy > (0.75 if options else 0.95)
 
 
+def test_a_draw_for_jcpot_keeps_every_class():
+    torch.manual_seed(0)
+    y = torch.tensor([0] * 40 + [1] * 40 + [2])
+    plugin = OTDA(method="jcpot", learn="labelled_target", max_samples=5)
+    for _ in range(5):
+        rows, labels = plugin._subset(torch.arange(81.0)[:, None], y)
+        assert set(labels) == {0, 1, 2}
+        assert len(set(rows[:, 0])) == 5  # no sample twice
+
+
 def test_bad_arguments():
     cases = [{"method": "em"}, {"learn": "all"}, {"norm": "mean"}, {"reg": 0.0}, {"max_samples": 1}, {"weight": -1.0}]
     for options in [*cases, {"method": "linear", "learn": "labelled_target"}]:

@@ -118,7 +118,11 @@ class OTDA(Weighted):
     def _subset(self, features: Tensor, y: Tensor | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """At most ``max_samples`` rows as numpy; the draw is seeded alike on all processes."""
         if len(features) > self.max_samples:
-            chosen = torch.randperm(len(features))[: self.max_samples].to(features.device)
+            chosen = torch.randperm(len(features))
+            if self.method == "jcpot" and y is not None:  # which needs each class in each source
+                _, first = np.unique(y.cpu().numpy()[chosen.numpy()], return_index=True)
+                chosen = torch.cat([chosen[first], chosen[np.setdiff1d(np.arange(len(chosen)), first)]])
+            chosen = chosen[: self.max_samples].to(features.device)
             features, y = features[chosen], None if y is None else y[chosen]
         return features.double().cpu().numpy(), None if y is None else y.cpu().numpy()
 
