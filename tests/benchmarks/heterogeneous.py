@@ -107,7 +107,7 @@ def outliers(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         rng = np.random.default_rng([number, 99])
         xs, ys, _, _ = draw(arrays, CURVE[0], rng)
         xt, yt, _, _ = draw(arrays, CURVE[1], rng)
-        for kind in ("noise", "classes"):
+        for kind in ("noise", "classes", "shares"):
             for share in SHARES:
 
                 def make(kind=kind, share=share, xs=xs, ys=ys, xt=xt, yt=yt, number=number):
@@ -129,13 +129,17 @@ def contaminated(kind: str, share: float, source: tuple, target: tuple, seed: in
     """Target with outliers (label -1) as a share of all its rows.
 
     ``noise``: rows of shuffled columns, twice as far out; ``classes``: the source loses classes 7 to 9, whose
-    target samples are then the outliers, cut or repeated to the share.
+    target samples are then the outliers, cut or repeated to the share; ``shares``: no outliers, but the target's
+    classes 0 to 4 lose three times the share of their samples.
     """
     rng = np.random.default_rng([seed, int(100 * share), 5])
     (a, la), (b, lb) = source, target
     if kind == "classes":
         a, la = a[la < 7], la[la < 7]
         others, b, lb = b[lb >= 7], b[lb < 7], lb[lb < 7]
+    if kind == "shares":
+        kept = (lb > 4) | (rng.random(len(lb)) >= 3 * share)
+        return a, la, b[kept], lb[kept]
     count = round(share / (1 - share) * len(b))
     if kind == "classes":
         extra = others[rng.permutation(len(others) * 2)[:count] % len(others)]
@@ -201,6 +205,10 @@ def tables(lines: dict[str, dict[str, float]], figure: str | None) -> None:
             g = groups.get(("outliers", kind, str(share)), {})
             masses = [f"{np.mean(g.get(f'UCOOT mass of {w}', [np.nan])):.2f}" for w in ("outliers", "others")]
             print("|", " | ".join([f"{share:.0%}", cell(g.get("COOT")), cell(g.get("UCOOT")), *masses]), "|")
+    print(f"\n| samples that half of the classes lose | COOT | UCOOT |\n{'|---' * 3}|")
+    for share in SHARES:
+        g = groups.get(("outliers", "shares", str(share)), {})
+        print("|", " | ".join([f"{3 * share:.0%}", cell(g.get("COOT")), cell(g.get("UCOOT"))]), "|")
     print("\n| n a domain | method | seconds a round | process peak, MiB | estimate, MiB |\n|---|---|---|---|---|")
     for key in [k for k in groups if k[0] == "scale"]:
         g = {n: v[0] for n, v in groups[key].items()}

@@ -146,6 +146,29 @@ def test_memory_holds_the_target_by_index():
     torch.testing.assert_close(norms, memory.filled.float())
 
 
+@pytest.mark.parametrize("method", [OVANet, DANCE])
+def test_private_labels_of_the_target_change_no_weight(method, tmp_path):
+    """Whatever the target-private samples are called: the same weights, bit for bit."""
+    draw = np.random.default_rng(0)
+    y = np.arange(120) % 6
+    x = draw.normal(size=(120, 5)) + 2 * draw.normal(size=(6, 5))[y]
+    ends = []
+    for private in (y, np.where(y > 3, draw.integers(4, 6, 120), y), np.where(y > 3, 9 - y, y)):
+        np.savez(tmp_path / "d.npz", a_x=x, a_y=np.where(y > 3, y - 4, y), b_x=x + 0.5, b_y=private)
+        data = uda.DataModule(
+            uda.data.Arrays(str(tmp_path / "d.npz"), kind="features"), "a", "b", seed=0, batch_size=16, epoch_steps=4,
+            classes={"known": ["0", "1", "2"], "source_private": ["3"], "target_private": ["4", "5"]},
+            allow_missing_classes=True,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = uda.UDA("mlp", {"align": method(), "reject": uda.Reject()}, bottleneck=8, head="cosine")
+        off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        L.Trainer(max_epochs=2, accelerator="cpu", devices=1, **dict.fromkeys(off, False)).fit(model, data)
+        ends.append({k: v.clone() for k, v in model.state_dict().items()})
+    for other in ends[1:]:
+        assert all(torch.equal(v, other[k]) for k, v in ends[0].items())
+
+
 def test_bad_arguments():
     for make in (
         lambda: OVANet(weight=-1.0), lambda: OVANet(threshold=1.0), lambda: DANCE(temperature=0.0),
