@@ -1,0 +1,71 @@
+"""BatchNorm layers that mix source and batch statistics, put in and taken out again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from uda.nn import full, no_autocast
+
+NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+class MixedNorm(nn.Module):
+    """A BatchNorm with statistics ``w * source + (1 - w) * batch``; its running statistics never move.
+
+    Args:
+        norm: the layer, kept as it is.
+        source_weight: w in [0, 1], the share of the **source**: 1 is the trained net, 0 the batch alone. With one value
+            a channel (a single sample after pooling) there are no batch statistics, and the source's are used.
+    """
+
+    def __init__(self, norm: _BatchNorm, source_weight: float) -> None:
+        super().__init__()
+        self.norm, self.source_weight = norm, source_weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, ...] -> [B, C, ...]``."""
+        n, w = self.norm, self.source_weight
+        if w == 1 or x.numel() == x.shape[1]:
+            return F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, False, 0.0, n.eps)
+        if w == 0:
+            return F.batch_norm(x, None, None, n.weight, n.bias, True, 0.0, n.eps)
+        with no_autocast(x):
+            z = full(x)
+            axes = [0, *range(2, z.dim())]
+            mean = w * n.running_mean + (1 - w) * z.mean(axes)
+            var = w * n.running_var + (1 - w) * z.var(axes, correction=0)
+            shape = [1, -1, *[1] * (z.dim() - 2)]
+            out = (z - mean.view(shape)) * torch.rsqrt(var.view(shape) + n.eps)
+            if n.weight is not None:
+                out = out * n.weight.view(shape) + n.bias.view(shape)
+        return out.to(x.dtype)
+
+
+def mix_statistics(net: nn.Module, source_weight: float) -> int:
+    """Put a :class:`MixedNorm` around each BatchNorm below ``net``, in place; how many there are."""
+    count = 0
+    for name, child in list(net.named_children()):
+        if isinstance(child, _BatchNorm) and child.running_mean is not None:
+            setattr(net, name, MixedNorm(child, source_weight))
+            count += 1
+        elif not isinstance(child, MixedNorm):
+            count += mix_statistics(child, source_weight)
+    return count
+
+
+def restore_norms(net: nn.Module) -> None:
+    """Take every :class:`MixedNorm` out again: the layers are the objects that they were."""
+    for name, child in list(net.named_children()):
+        if isinstance(child, MixedNorm):
+            setattr(net, name, child.norm)
+        else:
+            restore_norms(child)
+
+
+def norm_parameters(net: nn.Module) -> list[nn.Parameter]:
+    """Scale and shift of all normalisation layers."""
+    layers = [m for m in net.modules() if isinstance(m, NORMS)]
+    return [p for m in layers for p in (m.weight, m.bias) if p is not None]
