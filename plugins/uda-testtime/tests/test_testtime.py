@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from uda_testtime import LAME, TENT, Adapter, BNStatistics, Guard, Source, lame
+from uda_testtime import ETA, LAME, SAR, TENT, Adapter, BNStatistics, Guard, Source, lame
 from uda_testtime.streams import stream_order
 from uda_testtime.surgery import mix_statistics, restore_norms
 
@@ -43,6 +45,60 @@ def test_tent_is_its_formula():
     assert torch.allclose(a.parameters[0], gamma)
 
 
+def forward(model, x, gamma, beta):
+    h = model[0](x)
+    h = (h - h.mean(0)) / ((h - h.mean(0)).square().mean(0) + 1e-5).sqrt() * gamma + beta
+    z = model[3](h.clamp_min(0))
+    p = z.exp() / z.exp().sum(1, keepdim=True)
+    return p, -(p * p.log()).sum(1)
+
+
+def test_eta_is_its_formula():
+    model, a = net(), Adapter(net(), ETA(lr=0.1, optimizer="sgd", margin=0.9, redundancy=0.95))
+    theta = [p.detach().clone().requires_grad_() for p in (model[1].weight, model[1].bias)]
+    momentum, mean, kept = [0, 0], None, []
+    for x in batches(4):
+        a(x)
+        p, h = forward(model, x, *theta)
+        rows = [i for i in range(16) if h[i] < 0.9 * math.log(3)]
+        if mean is not None:
+            rows = [i for i in rows if abs(float(p[i] @ mean / p[i].norm() / mean.norm())) < 0.95]
+        kept.append(len(rows))
+        if not rows:
+            continue
+        new = sum(p[i].detach() for i in rows) / len(rows)
+        mean = new if mean is None else 0.9 * mean + 0.1 * new
+        loss = sum(math.exp(0.9 * math.log(3) - float(h[i].detach())) * h[i] for i in rows) / len(rows)
+        for i, g in enumerate(torch.autograd.grad(loss, theta)):
+            momentum[i] = 0.9 * momentum[i] + g
+            theta[i].data -= 0.1 * momentum[i]
+    assert 0 < kept[1] < 16
+    assert torch.allclose(a.parameters[0], theta[0])
+    assert torch.allclose(a.state["mean"], mean)
+
+
+def test_sar_is_its_formula():
+    model, a = net(), Adapter(net(), SAR(lr=0.1, margin=0.9, rho=0.3, recovery=0))
+    theta, limit = [p.detach().clone().requires_grad_() for p in (model[1].weight, model[1].bias)], 0.9 * math.log(3)
+    momentum, average = [0, 0], None
+    for x in batches(3):
+        a(x)
+        h = forward(model, x, *theta)[1]
+        rows = h < limit
+        g = torch.autograd.grad(h[rows].mean(), theta)
+        size = math.sqrt(sum(float((v**2).sum()) for v in g))
+        moved = [(t + 0.3 * v / size).detach().requires_grad_() for t, v in zip(theta, g, strict=True)]
+        h2 = forward(model, x, *moved)[1]
+        loss = h2[rows & (h2 < limit)].mean()
+        average = float(loss) if average is None else 0.9 * average + 0.1 * float(loss)
+        for i, v in enumerate(torch.autograd.grad(loss, moved)):
+            momentum[i] = 0.9 * momentum[i] + v
+            theta[i].data -= 0.1 * momentum[i]
+    assert torch.allclose(a.parameters[1], theta[1])
+    assert a.state["loss"] == pytest.approx(average)
+    assert Adapter(net(), SAR(recovery=9.0, margin=0.9))(batches(1)[0]) is not None
+
+
 def test_lame_is_its_formula():
     g = torch.Generator().manual_seed(2)
     p = torch.randn(9, 3, generator=g, dtype=torch.float64).softmax(1)
@@ -75,19 +131,22 @@ def test_statistics_mix_by_the_share_of_the_source():
 
 @pytest.mark.parametrize(
     ("method", "base"),
-    [(TENT(lr=0), BNStatistics()), (TENT(weight=0), BNStatistics()), (LAME(k=0), Source())],
+    [(TENT(lr=0), BNStatistics()), (TENT(weight=0), BNStatistics()), (LAME(k=0), Source()),
+     (ETA(lr=0), BNStatistics()), (ETA(weight=0), BNStatistics()), (SAR(lr=0), BNStatistics()),
+     (SAR(weight=0), BNStatistics())],
 )
 def test_without_effect_it_is_the_base_prediction(method, base):
     a, b = Adapter(net(), method), Adapter(net(), base)
     assert all(torch.equal(a(x), b(x)) for x in batches())
 
 
-def test_reset_and_resume_are_exact():
-    a = Adapter(net(), TENT())
+@pytest.mark.parametrize("make", [TENT, lambda: ETA(margin=0.9, redundancy=0.99), lambda: SAR(lr=0.1, margin=0.9)])
+def test_reset_and_resume_are_exact(make):
+    a = Adapter(net(), make())
     first = [a(x) for x in batches()]
     a.reset()
     assert all(torch.equal(a(x), z) for x, z in zip(batches()[:2], first, strict=False))
-    saved, b = a.snapshot(), Adapter(net(), TENT())
+    saved, b = a.snapshot(), Adapter(net(), make())
     b.restore(saved)
     assert all(torch.equal(b(x), z) for x, z in zip(batches()[2:], first[2:], strict=True))
     assert not torch.equal(first[-1], Adapter(net(), BNStatistics())(batches()[-1]))  # it does something

@@ -2,5 +2,6 @@
 
 from uda_testtime.adapter import Adapter, Guard, Method
 from uda_testtime.methods import LAME, TENT, BNStatistics, Source, lame
+from uda_testtime.reliable import ETA, SAR
 
-__all__ = ["LAME", "TENT", "Adapter", "BNStatistics", "Guard", "Method", "Source", "lame"]
+__all__ = ["ETA", "LAME", "SAR", "TENT", "Adapter", "BNStatistics", "Guard", "Method", "Source", "lame"]

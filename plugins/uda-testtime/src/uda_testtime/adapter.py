@@ -77,6 +77,7 @@ class Adapter:
         self.parameters: list[nn.Parameter] = []
         self.updates_per_batch, self._credit = updates_per_batch, 0.0
         self.batches = self.updates = self.rollbacks = 0
+        self.state: dict[str, Any] = {}  # of the method: tensors and numbers
         self._seen: deque[int] = deque(maxlen=guard.window if guard else 1)
         self._shape: tuple[int, ...] | None = None
         method.attach(self)
@@ -177,6 +178,7 @@ class Adapter:
             "parameters": [p.detach().clone() for p in self.parameters],
             "buffers": {n: b.clone() for n, b in self.net.named_buffers()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()) if self.optimizer else None,
+            "method": copy.deepcopy(self.state),
         }
         counts = {n: getattr(self, n) for n in ("batches", "updates", "rollbacks", "_credit")}
         return {**state, "counts": counts, "seen": list(self._seen)}
@@ -197,11 +199,12 @@ class Adapter:
             buffer.copy_(state["buffers"][name])
         if self.optimizer is not None:  # a copy: the optimiser would write into the snapshot
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.state = copy.deepcopy(state["method"])
 
     def reset(self) -> None:
-        """Parameters, buffers, optimiser and counts as before the stream, bit for bit."""
+        """Parameters, buffers, optimiser, method state and counts as before the stream, bit for bit."""
         self.restore(self._start)
 
     def reset_weights(self) -> None:
-        """Parameters, buffers and optimiser as before the stream; counts go on."""
+        """Parameters, buffers, optimiser and method state as before the stream; counts go on."""
         self._restore_weights(self._start)
