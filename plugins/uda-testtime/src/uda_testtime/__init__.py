@@ -2,6 +2,7 @@
 
 from uda_testtime.adapter import Adapter, Guard, Method
 from uda_testtime.methods import LAME, TENT, BNStatistics, Source, lame
+from uda_testtime.plugin import TestTime
 from uda_testtime.reliable import ETA, SAR
 
-__all__ = ["ETA", "LAME", "SAR", "TENT", "Adapter", "BNStatistics", "Guard", "Method", "Source", "lame"]
+__all__ = ["ETA", "LAME", "SAR", "TENT", "Adapter", "BNStatistics", "Guard", "Method", "Source", "TestTime", "lame"]

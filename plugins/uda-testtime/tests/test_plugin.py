@@ -1,0 +1,38 @@
+"""The plugin gives what the adapter gives by itself."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from torch import nn
+from uda_testtime import TENT, Adapter
+from uda_testtime.plugin import TestTime
+
+import uda
+from uda.testing import TinyTask, check_plugin
+
+
+def test_lifecycle():
+    # several batches a pass: TENT's first prediction is made before its first update
+    given = {"method": "TENT", "arguments": {"lr": 0.05}}
+    check_plugin(TestTime, init_args=given, data_args={"eval_batch_size": 8}, ddp=False)
+
+
+def test_same_as_the_adapter():
+    task = TinyTask("features", 1)
+    *source, target = task.domains()
+    data = uda.data.DataModule(task, source=source, target=target, eval_batch_size=8, seed=0)
+    torch.manual_seed(0)
+    model = uda.UDA(uda.nn.MLP([8]), {"adapt": TestTime()}, bottleneck=4, **data.spec).eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, logger=False, inference_mode=False, enable_progress_bar=False,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    for _ in range(2):  # a second pass starts from the source
+        found = torch.cat([o["probs"] for o in trainer.predict(model, data)])
+        adapter = Adapter(nn.Sequential(model.backbone, model.bottleneck, model.head), TENT())
+        alone = torch.cat([adapter(b["x"]).softmax(1) for b in data.predict_dataloader()[0]])
+        assert torch.equal(found, alone)
+    assert adapter.updates > 1
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
