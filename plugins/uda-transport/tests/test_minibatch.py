@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from uda_transport import JUMBOT, DeepJDOT, Sinkhorn, SlicedWasserstein, solvers
+from uda_transport import JUMBOT, KTF, OTDA, DeepJDOT, DoubleWeighting, Sinkhorn, SlicedWasserstein, solvers
 from uda_transport.sinkhorn import sinkhorn_divergence
 from uda_transport.sliced import sliced_wasserstein
 from uda_transport.solvers import TransportWarning, entropic_plan, exact_plan, unbalanced_plan
 
 import uda
-from uda.testing import check_plugin
+from uda.testing import check_plugin, check_plugins_ddp
 
 N, M, F, C = 6, 6, 4, 3
 
@@ -323,3 +323,12 @@ def test_plugin(name):
     cls, init_args = LOSSES[name]
     report = check_plugin(cls, init_args=init_args, sources=2 if name == "deepjdot" else 1, ddp=False)
     assert not report.warnings
+
+
+@pytest.mark.slow
+def test_under_two_processes():
+    check_plugins_ddp([
+        (DeepJDOT, {}), (JUMBOT, {}), (Sinkhorn, {}), (SlicedWasserstein, {"init_args": {"projections": 8}}), (KTF, {}),
+        (OTDA, {"init_args": {"method": "sinkhorn", "max_samples": 20}}),
+        (DoubleWeighting, {"init_args": {"max_samples": 20}}),
+    ])  # fmt: skip

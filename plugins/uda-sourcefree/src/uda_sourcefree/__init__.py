@@ -1,0 +1,7 @@
+"""Source-free adaptation for uda: a source model and unlabelled target data are all there is."""
+
+from uda_sourcefree.aad import AaD
+from uda_sourcefree.nrc import NRC
+from uda_sourcefree.shot import SHOT
+
+__all__ = ["NRC", "SHOT", "AaD"]

@@ -1,0 +1,87 @@
+"""Memory of a whole target and nearest neighbours in it: what NRC and AaD share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import uda
+from uda.nn import Bank, full, no_autocast
+
+
+@torch.no_grad()
+def nearest(queries: Tensor, memory: Tensor, k: int, without: Tensor | None = None, chunk: int = 2**24) -> Tensor:
+    """Rows of ``memory`` with the largest inner products, ``[B, k]``, in chunks of at most ``chunk`` products.
+
+    Args:
+        queries: ``[B, F]``; memory: ``[N, F]``; without: a row that is left out for each query ``[B]``.
+    """
+    rows = max(1, chunk // max(len(memory), 1))
+    found = []
+    for start in range(0, len(queries), rows):
+        with no_autocast(queries):
+            part = full(queries[start : start + rows]) @ full(memory).T
+        if without is not None:
+            part.scatter_(1, without[start : start + rows, None], -torch.inf)
+        found.append(part.topk(k, dim=1).indices)
+    return torch.cat(found)
+
+
+class NeighbourMemory(uda.Plugin):
+    """Base: features of length 1 and class probabilities of each target sample, the last that were seen.
+
+    Filled from the whole target at the start of the run, then written for the batch after each step.
+
+    Args:
+        neighbours: K of a sample.
+    """
+
+    def __init__(self, neighbours: int) -> None:
+        super().__init__()
+        if neighbours < 1:
+            raise uda.UDAError(f"{type(self).__name__}: neighbours must be 1 or more, not {neighbours}.")
+        self.neighbours = neighbours
+        self.memory: Bank | None = None
+
+    @uda.hookimpl
+    def data_needs(self) -> uda.DataNeeds:
+        """The target alone; whole, for the start."""
+        return uda.DataNeeds(source=False, refresh={"target"})
+
+    @uda.hookimpl
+    def build(self, model: uda.UDA) -> None:
+        """The memory.
+
+        Raises:
+            UDAError: fewer target samples than neighbours.
+        """
+        size = model.sizes.get(model.target_name, 0)
+        if size and size <= self.neighbours + 1:
+            raise uda.UDAError(f"{type(self).__name__}: {size} target samples have no {self.neighbours} neighbours.")
+        if self.memory is None:
+            self.memory = Bank(max(size, 1), features=model.feature_dim, probs=model.num_classes)
+
+    @uda.hookimpl
+    def refresh(self, model: uda.UDA, bank: uda.Pools) -> None:
+        """Fill the memory, once."""
+        if not bool(self.memory.filled.all()):
+            pool = bank.target
+            self._write(torch.arange(len(pool.features), device=pool.features.device), pool.features, pool.logits)
+
+    @uda.hookimpl
+    def after_step(self, step: uda.Step) -> None:
+        """What the batch was in this step."""
+        self._write(step.target.index, step.target.features, step.target.logits)
+
+    def _write(self, index: Tensor, features: Tensor, logits: Tensor) -> None:
+        with no_autocast(features):
+            unit, probs = F.normalize(full(features), dim=1), full(logits).softmax(1)
+        self.memory.write(index, features=unit, probs=probs)
+
+    def around(self, step: uda.Step) -> tuple[Tensor, Tensor]:
+        """Class probabilities of the batch ``[B, C]``, with gradient, and rows of its neighbours ``[B, K]``."""
+        index, features, logits = step.target.index, step.target.features, step.target.logits
+        with no_autocast(features):
+            unit = F.normalize(full(features.detach()), dim=1)
+            return full(logits).softmax(1), nearest(unit, self.memory.features, self.neighbours, index)

@@ -1,0 +1,175 @@
+"""Source-free methods against their equations in loops, and the two steps of a hand-over."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from uda_sourcefree import NRC, SHOT, AaD
+from uda_sourcefree.aad import dispersion
+from uda_sourcefree.neighbours import nearest
+from uda_sourcefree.nrc import neighbour_agreement, reciprocity
+from uda_sourcefree.shot import centroid_labels
+
+import uda
+from uda.cli import main
+from uda.testing import check_plugin, check_plugins_ddp
+
+CASES = [(SHOT, {"label_weight": 0.5}), (NRC, {"neighbours": 2, "expanded": 2}), (AaD, {"neighbours": 2, "beta": 1.0})]
+
+
+# ------------------------------------------------------------------------------------------------ equations
+
+
+@pytest.mark.parametrize("threshold", [0, 3])
+def test_centroid_labels_by_loops(threshold):
+    draw = np.random.default_rng(0)
+    f, p = draw.normal(size=(20, 4)), draw.dirichlet(np.ones(5) * 0.3, 20)
+    p[:, 4] = 1e-6  # a class that no sample is predicted as
+    g = [np.append(v, 1.0) / np.linalg.norm(np.append(v, 1.0)) for v in f]
+    counts = np.bincount(p.argmax(1), minlength=5)
+    weight, labels = p.copy(), None
+    for _ in range(2):
+        labels = []
+        for v in g:
+            cosine = []
+            for c in range(5):
+                centre = sum(w[c] * u for w, u in zip(weight, g, strict=True)) / (1e-8 + weight[:, c].sum())
+                cosine.append(v @ centre / max(np.linalg.norm(centre), 1e-12) if counts[c] > threshold else -9)
+            labels.append(int(np.argmax(cosine)))
+        weight = np.eye(5)[labels]
+    assert centroid_labels(torch.tensor(f), torch.tensor(p), 2, threshold).tolist() == labels
+    assert 4 not in labels
+
+
+def test_nearest_in_chunks_by_sorting():
+    torch.manual_seed(0)
+    x, own = torch.randn(30, 5), torch.arange(30)
+    for chunk in (31, 2**20):
+        found = nearest(x[:7], x, 3, own[:7], chunk)
+        for i in range(7):
+            order = sorted((j for j in range(30) if j != i), key=lambda j: -float(x[i] @ x[j]))
+            assert found[i].tolist() == order[:3]
+
+
+def test_nrc_by_loops():
+    draw = np.random.default_rng(1)
+    p, s = draw.dirichlet(np.ones(3), 4), draw.dirichlet(np.ones(3), 8)
+    near = np.array([[4, 1], [0, 5], [3, 6], [2, 7]])
+    wider = draw.integers(0, 8, (4, 2, 3))
+    affinity = [[1.0 if i in wider[i, k] else 0.1 for k in range(2)] for i in range(4)]
+    got = reciprocity(torch.tensor(near), torch.tensor(wider), torch.arange(4))
+    np.testing.assert_allclose(got, affinity, rtol=1e-6)
+    value = -sum(affinity[i][k] * p[i] @ s[near[i, k]] for i in range(4) for k in range(2)) / 4
+    ours = neighbour_agreement(torch.tensor(p), torch.tensor(s)[torch.tensor(near)], got.double())
+    assert float(ours) == pytest.approx(value, rel=1e-6)
+    value = sum(p[i] @ p[m] for i in range(4) for m in range(4) if m != i) / 4
+    assert float(dispersion(torch.tensor(p))) == pytest.approx(value, rel=1e-9)
+
+
+def test_neighbours_are_constants_and_the_sample_is_not():
+    p, s = torch.rand(3, 4, requires_grad=True), torch.rand(3, 2, 4)
+    neighbour_agreement(p, s, 1.0).backward()
+    torch.testing.assert_close(p.grad, -s.sum(1) / 3)
+
+
+# ------------------------------------------------------------------------------------------------ the two steps
+
+
+CONFIG = {
+    "model": {
+        "backbone": "identity", "bottleneck": 32, "head": "weight_norm",
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.02, "momentum": 0.9}},
+    },
+    "data": {
+        "reader": {"class_path": "Arrays", "init_args": {"path": "", "kind": "features"}}, "source": "a", "target": "b",
+        "batch_size": 32, "epoch_steps": 20,
+    },
+    "trainer": {
+        "max_epochs": 4, "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def handed_over(tmp_path_factory):
+    """The checkpoint of a source model, and a place where only the target's file is."""
+    place = tmp_path_factory.mktemp("life")
+    draw = np.random.default_rng(0)
+    centres, y = 2.2 * draw.normal(size=(4, 6)), np.arange(320) % 4
+    x = centres[y] + draw.normal(size=(320, 6))
+    turn = np.eye(6) + 0.25 * draw.normal(size=(6, 6))
+    np.savez(place / "both.npz", a_x=x, a_y=y, b_x=x @ turn + 0.6, b_y=y)
+    np.savez(place / "target.npz", b_x=x @ turn + 0.6, b_y=y)
+    owner = {**CONFIG, "data": {**CONFIG["data"], "reader": {"class_path": "Arrays", "init_args": {
+        "path": str(place / "both.npz"), "kind": "features"}}}}  # fmt: skip
+    (place / "owner.yaml").write_text(yaml.safe_dump(owner))
+    assert main(["fit", "--config", str(place / "owner.yaml"), f"--run_dir={place / 'source'}"]) == 0
+    shutil.copy(place / "source" / "checkpoints" / "last.ckpt", place / "source.ckpt")
+    before = json.loads((place / "source" / "summary.json").read_text())["target_accuracy"]["last"]
+    shutil.rmtree(place / "source")
+    (place / "both.npz").unlink()  # the owner keeps the data
+    return place, before
+
+
+def adapted(place, name, plugin, *words):
+    config = {**CONFIG, "data": {**CONFIG["data"], "source": None, "reader": {"class_path": "Arrays", "init_args": {
+        "path": str(place / "target.npz"), "kind": "features"}}}}  # fmt: skip
+    config["model"] = {**CONFIG["model"], "plugins": {"refine": plugin}}
+    (place / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    return main([
+        "fit", "--config", str(place / f"{name}.yaml"), f"--model.init_from={place / 'source.ckpt'}",
+        f"--run_dir={place / name}", *words,
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["SHOT", "NRC", "AaD"])
+def test_the_target_improves_without_the_source(handed_over, name):
+    place, before = handed_over
+    assert adapted(place, name, {"class_path": name}) == 0
+    summary = json.loads((place / name / "summary.json").read_text())
+    assert summary["source"] == []
+    assert summary["target_accuracy"]["last"] > before + 0.02
+    start = torch.load(place / "source.ckpt", weights_only=True)["state_dict"]
+    end = torch.load(place / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    kept = {k: torch.equal(v, end[k]) for k, v in start.items() if k.startswith("head.")}
+    assert all(kept.values()) == (name == "SHOT")  # which freezes the classifier
+    assert not torch.equal(start["bottleneck.net.0.weight"], end["bottleneck.net.0.weight"])
+
+
+def test_a_checkpoint_of_other_classes_is_refused(handed_over, capsys):
+    place, _ = handed_over
+    words = ["--data.classes={known: ['0', '1', '2']}"]
+    assert adapted(place, "other", {"class_path": "SHOT"}, *words) == 2
+    assert "classes" in capsys.readouterr().err
+
+
+def test_bad_arguments():
+    for make in (
+        lambda: SHOT(label_weight=-1.0), lambda: SHOT(rounds=0), lambda: NRC(neighbours=0), lambda: NRC(low=2.0),
+        lambda: AaD(beta=-1.0),
+    ):  # fmt: skip
+        with pytest.raises(uda.UDAError):
+            make()
+
+
+# ------------------------------------------------------------------------------------------------ lifecycle
+
+
+def test_plugin():
+    check_plugin(SHOT, ddp=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cls", "options"), CASES[1:])
+def test_other_plugins(cls, options):
+    check_plugin(cls, init_args=options, ddp=False)
+
+
+@pytest.mark.slow
+def test_under_two_processes():
+    check_plugins_ddp([(cls, {"init_args": options}) for cls, options in CASES])
