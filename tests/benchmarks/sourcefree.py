@@ -2,9 +2,9 @@
 
     python tests/benchmarks/sourcefree.py LEDGER.jsonl [--runs DIR] [--seeds 0 1 2]
 
-For each task and seed a model is trained on the source (classifier with weight normalisation, label smoothing 0.1); each
-method then starts from its checkpoint and sees the target alone. What the ledger has is not made again. Data are read
-from ``UDA_SHARED_DATA`` or ``../shared/data``. `uda bench table LEDGER.jsonl` makes the tables.
+For each task and seed a model is trained on the source (weight-normalised classifier, label smoothing 0.1); each method
+then starts from its checkpoint and sees the target alone. What the ledger has is not made again. Data are read from
+``UDA_SHARED_DATA`` or ``../shared/data``. `uda bench table LEDGER.jsonl` makes the tables.
 """
 
 from __future__ import annotations

@@ -194,6 +194,7 @@ def test_bad_arguments_are_refused(cls, arguments, text):
 CASES = [(MCD, {"head_hidden": 8, "balance": 0.01}), (MCDPhases, {"repeats": 2, "predict": "mean"})]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cls", "init_args"), CASES, ids=["MCD", "MCDPhases"])
 def test_plugin(cls, init_args):
     report = check_plugin(cls, init_args=init_args, ddp=False)

@@ -135,6 +135,7 @@ def test_an_unknown_task_is_refused(make_step):
 CASE = {"init_args": {"rho": 0.2}, "partners": {"align": {"class_path": "CDAN", "init_args": {"hidden": 8}}}}
 
 
+@pytest.mark.slow
 def test_plugin():
     report = check_plugin(SDAT, **CASE, ddp=False)
     assert not report.warnings

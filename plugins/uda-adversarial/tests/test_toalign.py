@@ -116,6 +116,7 @@ def test_a_constant_scale_changes_the_gradient_only():
     assert not torch.allclose(*grads)
 
 
+@pytest.mark.slow
 def test_plugin():
     report = check_plugin(ToAlign, init_args={"hidden": 16}, ddp=False)
     assert report.objectives == ["domain"]

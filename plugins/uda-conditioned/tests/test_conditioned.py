@@ -274,6 +274,7 @@ def test_plugin_dcan_on_rows():
     assert set(report.objectives) == {"features", "logits", "regulariser", "entropy"}
 
 
+@pytest.mark.slow
 def test_plugin_gdcan_on_images():
     check_plugin(GDCAN, kind="images", model_args={"forward_mode": "separate"}, ddp=False)
 

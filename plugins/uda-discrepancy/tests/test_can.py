@@ -201,6 +201,7 @@ def test_joint_forwards_are_refused():
         uda.UDA("mlp", {"align": CAN()}, num_classes=3, input_shape=[6], sizes={"target": 9})
 
 
+@pytest.mark.slow
 def test_plugin():
     model_args = {"forward_mode": "separate", "bottleneck_norm": "batch"}
     init_args = {"weight": 1.0, "min_samples": 1}

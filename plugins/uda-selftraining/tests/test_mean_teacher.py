@@ -224,6 +224,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cls", "given"), CASES, ids=["French", "Tarvainen"])
 def test_plugin(cls, given):
     assert not check_plugin(cls, ddp=False, **given).warnings

@@ -176,6 +176,7 @@ def test_bad_arguments():
             OTDA(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("init_args", "sources"),
     [
