@@ -23,7 +23,6 @@ _CHOICES = {
 SPEC = ("num_classes", "class_names", "input_shape", "input_shapes", "sizes", "source_names", "target_name")
 
 
-
 def check_arguments(arguments: dict[str, Any]) -> None:
     """Refuse values that cannot work, naming the choices."""
     for name, choices in _CHOICES.items():
@@ -96,15 +95,33 @@ def check_setting(model: UDA, datamodule: Any) -> None:
             )
 
 
+def check_sources(model: UDA) -> None:
+    """Refuse a plugin that aligns with sources in a run that another plugin makes source-free.
+
+    Raises:
+        UDAError: with both.
+    """
+    needs = dict(model.hooks.each("data_needs", model=model))
+    without = [key for key, found in needs.items() if not found.source]
+    for key in model.hooks.fillers("align_features") if without else ():
+        if key not in without and "source-free" not in model.plugins[key].settings:
+            names = [f"{k!r} ({type(model.plugins[k]).__name__})" for k in (key, without[0])]
+            raise UDAError(
+                f"Plugin {names[0]} aligns the sources with the target, but {names[1]} makes the run source-free. Keep "
+                "one of them."
+            )
+
+
 def check_fit(model: UDA) -> None:
     """Checks that need the trainer.
 
     Raises:
         UDAError: unbounded training, a monitor on target labels, a strategy that the plugins cannot run under, a plugin
-            that does not serve the setting.
+            that does not serve the setting, or one that needs the sources of a source-free run.
     """
     trainer = model.trainer
     check_setting(model, getattr(trainer, "datamodule", None))
+    check_sources(model)
     for callback in trainer.callbacks:
         monitor = getattr(callback, "monitor", None)
         if monitor and "oracle/" in str(monitor):

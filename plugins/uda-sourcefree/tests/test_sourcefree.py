@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -146,6 +147,20 @@ def test_a_checkpoint_of_other_classes_is_refused(handed_over, capsys):
     words = ["--data.classes={known: ['0', '1', '2']}"]
     assert adapted(place, "other", {"class_path": "SHOT"}, *words) == 2
     assert "classes" in capsys.readouterr().err
+
+
+def test_an_aligner_beside_it_is_refused(handed_over):
+    place, _ = handed_over
+
+    class Aligner(uda.Plugin):
+        @uda.hookimpl
+        def align_features(self, step):
+            return {"gap": step.pooled("features").mean()}
+
+    model = uda.UDA("identity", {"refine": SHOT(), "align": Aligner()}, bottleneck=8, scores=[])
+    data = uda.DataModule(uda.data.Arrays(str(place / "target.npz"), kind="features"), None, "b", batch_size=16)
+    with pytest.raises(uda.UDAError, match=r"'align' \(Aligner\) aligns .* 'refine' \(SHOT\) makes"):
+        L.Trainer(max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False).fit(model, data)
 
 
 def test_bad_arguments():
