@@ -34,11 +34,14 @@ def components() -> dict[str, dict[str, tuple[dict, str]]]:
     for path in sorted((ROOT / "configs" / "methods").glob("*.yaml")):
         model = yaml.safe_load(path.read_text())["model"]
         for key, entry in model["plugins"].items():
+            if key == "adapt":  # has no part in training
+                continue
             entry = copy.deepcopy(entry)
             given, cls = entry.setdefault("init_args", {}), registry().get(entry["class_path"])
             given.update({k: v for k, v in SMALL.items() if k in given or k in cls.__init__.__code__.co_varnames})
-            if "source-free" in cls.settings and not cls(**given).data_needs().source:
-                continue  # a run without sources leaves nothing to align
+            needs = getattr(cls, "data_needs", None)  # a run without sources leaves nothing to align
+            if "source-free" in cls.settings and needs is not None and not needs(cls(**given)).source:
+                continue
             given.update(ANY_ALIGNER.get(entry["class_path"], {}))  # where the overlay names DANN's objective
             known = [e for e, _ in out[key].values()]
             if entry not in known:

@@ -63,6 +63,7 @@ def classes_of(hint: Any) -> list[type]:
             out += classes_of(arguments[1]) if len(arguments) == 2 else []
         elif (
             isinstance(part, type)
+            and part is not Any  # which is a class, and takes plain text as well
             and part.__module__ != "builtins"
             and not hasattr(part, "__dataclass_fields__")
         ):

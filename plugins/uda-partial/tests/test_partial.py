@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+import yaml
 from uda_partial import BA3US, PADA, SAN, ClassWeights
 from uda_partial.ba3us import augmented_domain_loss, complement_entropy
 from uda_partial.san import ClasswiseDiscriminators, selective_loss
@@ -180,6 +182,24 @@ def test_an_open_target_is_refused(quiet_trainer):
     )  # fmt: skip
     with pytest.raises(uda.UDAError, match="PADA"):
         quiet_trainer(max_epochs=1).fit(uda.UDA("mlp", {"align": PADA(**SMALL)}, bottleneck=8), data)
+
+
+def test_the_side_task_goes_with_the_weights_in_a_partial_setting():
+    """What the page recommends is not refused: rotation or jigsaw with entropy, beside the weights."""
+    from uda import checks
+    from uda.discovery import registry
+
+    overlays = Path(__file__).resolve().parents[3] / "configs" / "methods"
+    for name in ("rotation", "jigsaw"):
+        plugins = {}
+        for overlay in (name, "class_weights"):
+            for key, p in yaml.safe_load((overlays / f"{overlay}.yaml").read_text())["model"]["plugins"].items():
+                plugins[key] = registry().get(p["class_path"])(**p.get("init_args", {}))
+        model = uda.UDA("small_cnn", plugins, bottleneck=8)
+        checks.check_setting(model, SimpleNamespace(setting="partial"))
+        spread = uda.UDA("small_cnn", {"refine": type(plugins["refine"])(diversity=True)}, bottleneck=8)
+        with pytest.raises(uda.UDAError, match="partial"):
+            checks.check_setting(spread, SimpleNamespace(setting="partial"))
 
 
 # ------------------------------------------------------------------------------------------------ lifecycle

@@ -36,3 +36,11 @@ def test_same_as_the_adapter():
         assert torch.equal(found, alone)
     assert adapter.updates > 1
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_text_among_the_arguments_of_a_method_is_text():
+    """``arguments`` is a free mapping: a word in it is no class name."""
+    from uda.spelling import check_value, parameters
+
+    hint = parameters(TestTime)[0]["arguments"]
+    assert check_value(hint, {"optimizer": "adam", "lr": 0.1}, "here") == {"optimizer": "adam", "lr": 0.1}

@@ -33,6 +33,8 @@ class EntropyMinimisation(uda.Plugin):
             raise uda.UDAError("EntropyMinimisation: weight must not be negative.")
         ramp_factor(ramp, 0.0)  # an unknown ramp is refused here
         self.weight, self.diversity, self.ramp = weight, diversity, ramp
+        if not diversity:  # which would spread a target that lacks classes over all of them
+            self.settings = (*type(self).settings, "partial")
 
     @uda.hookimpl
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
