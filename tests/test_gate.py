@@ -150,6 +150,21 @@ def test_inner_products_with_another_loss():
         objectives.inner(other, "features")
 
 
+def test_gram_comes_with_the_inner_products(monkeypatch):
+    """One exchange a gradient and step, not two."""
+    model = make(Pull())
+    step = uda.Step(model, batch(), 0.0, 0, 0)
+    losses = {"a": step.source.features.sum(), "b": step.target.features.square().sum()}
+    together, alone = uda.Objectives(losses, step), uda.Objectives(losses, step)
+    calls = []
+    plain = uda.gate.mean_over_ranks
+    monkeypatch.setattr(uda.gate, "mean_over_ranks", lambda g: (calls.append(1), plain(g))[1])
+    together.inner(step.target.features.abs().sum(), "bottleneck")
+    found = together.gram("bottleneck")
+    assert len(calls) == len(losses) + 1
+    torch.testing.assert_close(found, alone.gram("bottleneck"))
+
+
 def test_gated_sum_keeps_the_value_and_weighs_the_gradient():
     z = torch.randn(4, 3, dtype=torch.float32, requires_grad=True)
     losses = [z.square().sum(), z.sum()]

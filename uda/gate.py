@@ -42,8 +42,8 @@ def gram(left: Grads, right: Grads) -> Tensor:
     total: Tensor | float = 0.0
     for xs, ys in zip(zip(*left, strict=True), zip(*right, strict=True), strict=True):  # an input at a time
         with no_autocast(xs[0]):
-            x, y = (torch.stack([g.flatten() for g in gs]).float() for gs in (xs, ys))
-            total = total + x @ y.T
+            x = torch.stack([g.flatten() for g in xs]).float()
+            total = total + x @ (x if left is right else torch.stack([g.flatten() for g in ys]).float()).T
     return torch.as_tensor(total)
 
 
@@ -70,6 +70,7 @@ class Objectives(Mapping[str, Tensor]):
     def __init__(self, losses: dict[str, Tensor], step: Step) -> None:
         self._losses, self._step = losses, step
         self._cache: dict[str, Grads] = {}
+        self._grams: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._losses[name]
@@ -115,22 +116,27 @@ class Objectives(Mapping[str, Tensor]):
         the gradients are averaged over ranks first. Default: ``model.gate_level``.
         """
         level = level or self._step.model.gate_level
-        grads = self.grads(level)
-        if level == "features":
-            return self._reduce(gram(grads, grads))
-        mean = [mean_over_ranks(g) for g in grads]
-        return gram(mean, mean)
+        if level not in self._grams:
+            grads = self.grads(level)
+            if level == "features":
+                self._grams[level] = self._reduce(gram(grads, grads))
+            else:
+                mean = [mean_over_ranks(g) for g in grads]
+                self._grams[level] = gram(mean, mean)
+        return self._grams[level]
 
     def inner(self, other: Tensor, level: Level = "parameters") -> Tensor:
         """Inner products ``[K]`` of each objective's gradient with that of ``other`` (on a held-out batch, say).
 
-        Only shared *parameters* have a meaning here, since the features belong to other samples.
+        Only shared *parameters* have a meaning here, since the features belong to other samples. :meth:`gram` at the
+        same level costs nothing after it.
         """
         if level == "features":
             raise UDAError("Gradients of another batch compare on parameters: use level 'bottleneck' or 'parameters'.")
-        mean = [mean_over_ranks(g) for g in self.grads(level)]
-        extra = [mean_over_ranks(g) for g in gradients([other], self._inputs(level))]
-        return gram(mean, extra)[:, 0]
+        every = [mean_over_ranks(g) for g in (*self.grads(level), *gradients([other], self._inputs(level)))]
+        found = gram(every, every)
+        self._grams[level] = found[:-1, :-1]
+        return found[:-1, -1]
 
     def combine(self, weights: Mapping[str, Tensor | float]) -> Tensor:
         """One scalar whose backward applies the weights to backbone and bottleneck; see :func:`gated_sum`.

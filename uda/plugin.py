@@ -151,13 +151,14 @@ class Plugin(Described, nn.Module):
     def log_later(self, **values: Tensor | float | Callable[[], Tensor | float]) -> None:
         """Leave diagnostic scalars of this step for the logger (``<key>/<name>``); never part of the loss.
 
-        A function is called only in the steps that are logged, which is most often one in fifty.
+        A function is called only in the steps that are logged, which is most often one in fifty. What the hook
+        ``refresh`` leaves is logged with the next of these steps, however many steps later that is.
         """
         self.__dict__.setdefault("_diagnostics", {}).update(values)
 
     def take_diagnostics(self) -> dict[str, Tensor | float]:
         """Diagnostics since the last call, and forget them."""
-        found = self.__dict__.pop("_diagnostics", {})
+        found = self.__dict__.pop("_kept", {}) | self.__dict__.pop("_diagnostics", {})
         with torch.no_grad():
             values = {k: v() if callable(v) and not isinstance(v, torch.Tensor) else v for k, v in found.items()}
         return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
@@ -165,3 +166,7 @@ class Plugin(Described, nn.Module):
     def drop_diagnostics(self) -> None:
         """Forget diagnostics of a step that is not logged."""
         self.__dict__.pop("_diagnostics", None)
+
+    def keep_diagnostics(self) -> None:
+        """Keep the present diagnostics for the next step that is logged; functions are called now."""
+        self._kept = self.take_diagnostics()

@@ -222,6 +222,8 @@ def refresh_if_due(model: UDA, batch_idx: int, index: int) -> None:
     seed_step(model.base_seed, index, 0, model.device, salt=1)  # equal on all ranks: what a refresh draws must be, too
     with torch.no_grad():
         model.hooks.all("refresh", model=model, bank=Pools(sources, target))
+    for plugin in model.plugins.values():
+        plugin.keep_diagnostics()
 
 
 # -------------------------------------------------------------------------------------------- evaluation
