@@ -60,6 +60,10 @@ class Recorder(uda.Plugin):
         return [{"params": [self.net.weight], "lr_scale": 0.5, "weight_decay": 0.0, "name": "own"}]
 
     @uda.hookimpl
+    def before_evaluation(self, model):
+        self.note("before_evaluation", training=model.training, grad=torch.is_grad_enabled())
+
+    @uda.hookimpl
     def refresh(self, model, bank):
         self.note(
             "refresh",
@@ -434,6 +438,37 @@ def test_adapt_refuses_inference_mode(quiet_trainer):
     model = make({"rec": AutomaticRecorder()})
     with pytest.raises(uda.UDAError, match="inference_mode=False"):
         quiet_trainer().test(model, data(), verbose=False)
+
+
+def test_before_evaluation_comes_once_and_first(trainer):
+    model, running = fit(trainer, {"rec": AutomaticRecorder()})
+    rec = model.plugins["rec"]
+    assert rec.order.count("before_evaluation") == EPOCHS
+    for evaluate in (running.test, running.predict):
+        rec.calls.clear()
+        evaluate(model, data())
+        assert rec.order[0] == "before_evaluation"
+        assert rec.order.count("before_evaluation") == 1
+    assert not any(s["training"] or s["grad"] for s in rec.seen("before_evaluation"))
+
+
+def test_what_refresh_leaves_is_logged_later(trainer):
+    class Tells(uda.Plugin):
+        @uda.hookimpl
+        def data_needs(self):
+            return uda.DataNeeds(refresh="target")
+
+        @uda.hookimpl
+        def refresh(self, bank):
+            self.log_later(size=len(bank.target), first=lambda: bank.target.logits[0, 0])
+
+        @uda.hookimpl
+        def after_step(self, step):
+            self.log_later(lost=1.0)
+
+    _, running = fit(trainer, {"tells": Tells()}, log_every_n_steps=STEPS)
+    assert running.callback_metrics["train/tells/size"] == data().spec["sizes"]["target"]
+    assert "train/tells/first" in running.callback_metrics
 
 
 def test_predict_marks_unknowns(trainer):

@@ -87,10 +87,11 @@ class EvaluationLoop(L.LightningModule):
         return self.hooks.chain("reject", "prediction", model=self, batch=batch, prediction=prediction)
 
     def _start_evaluation(self) -> None:
-        self._evaluation = Evaluation(self)
         stage = "test" if self.trainer.testing else "val"
         if stage == "test":
             checks.check_adapt(self)
+        self.hooks.all("before_evaluation", model=self)
+        self._evaluation = Evaluation(self)
         self._eval_domains = running.eval_domains(self, stage)
         if stage == "val" and not self.trainer.sanity_checking:
             for name, role in self._eval_domains:
@@ -143,8 +144,9 @@ class EvaluationLoop(L.LightningModule):
         self._finish_evaluation("test/")
 
     def on_predict_epoch_start(self) -> None:
-        """Conditions of test-time adaptation."""
+        """Conditions of test-time adaptation, and what plugins make ready."""
         checks.check_adapt(self)
+        self.hooks.all("before_evaluation", model=self)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """``index``, ``label``, ``score``, ``unknown``, ``unknown_score`` and ``probs`` of a target batch."""

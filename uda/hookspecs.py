@@ -134,6 +134,15 @@ def after_step(step: Step) -> None:
 
 
 @hookspec
+def before_evaluation(model: UDA) -> None:
+    """Make ready for a validation, test or prediction, before its first batch and on all ranks together.
+
+    In evaluation mode, without gradients. For what inference needs and training does not keep up to date, such as
+    statistics of the target. ``model.trainer.sanity_checking`` tells a sanity check before training.
+    """
+
+
+@hookspec
 def predict(model: UDA, batch: DomainBatch) -> Prediction | None:
     """Turn a batch into labels, scores and an unknown mask. The first result wins.
 

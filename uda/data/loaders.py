@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from torch import Generator
 from torch.utils.data import DataLoader
 
@@ -184,3 +185,12 @@ class ShardedLoader(_Loader):
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self.positions), self.batch_size)
         return self._iterate((Request(self.positions[s : s + self.batch_size], 0) for s in starts), len(self))
+
+    def shuffled(self, seed: int) -> ShardedLoader:
+        """This loader, with this rank's share in random order.
+
+        For passes in which a batch has a meaning of its own: image folders and many files are sorted by class, so that
+        batches in index order hold a class each.
+        """
+        self.positions = np.random.default_rng(seed).permutation(self.positions)
+        return self

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from uda_discrepancy import DSBN, AdaBN
+from uda_discrepancy import DSBN, AdaBN, adabn
 from uda_discrepancy.adabn import Moments, fit_statistics
 from uda_discrepancy.domain_norm import domain_norms
 
@@ -121,6 +121,57 @@ def test_adabn_statistics_wait_for_new_weights():
     assert torch.equal(norm.running_mean, before)
 
 
+class TargetMean(uda.Plugin):
+    """An objective on the target's features."""
+
+    @uda.hookimpl
+    def align_features(self, step):
+        """Squared mean."""
+        return {"mean": step.target.features.mean(0).square().sum()}
+
+
+class Predicts(TargetMean):
+    """Ends the round of ``predict``."""
+
+    @uda.hookimpl
+    def predict(self, batch):
+        """The classifier's own."""
+        score, label = batch.logits.softmax(1).max(1)
+        return uda.Prediction(label, score)
+
+
+def test_adabn_behind_a_plugin_that_predicts():
+    """Statistics do not depend on the order of the plugins."""
+    model, data, _ = fitted(AdaBN(), Predicts())
+    turned = uda.UDA(
+        MLP([8], batch_norm=True), {"align": Predicts(), "network": AdaBN()}, bottleneck=6, **SEPARATE, **data.spec
+    )
+    turned.load_state_dict({**model.state_dict(), "plugins.network.fresh": torch.tensor(False)})
+    norm = domain_norms(turned)[0].norms["target"]
+    norm.running_mean.zero_()
+    L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False).test(
+        turned, data, verbose=False
+    )
+    torch.testing.assert_close(norm.running_mean, domain_norms(model)[0].norms["target"].running_mean)
+
+
+def test_adabn_batches_mix_what_is_sorted(monkeypatch):
+    """A pool in the order of its classes would normalise each class by itself."""
+    seen = []
+    plain = adabn.fit_statistics
+
+    def spy(model, norms, batches, forward):
+        batches = list(batches)
+        seen.append(torch.cat(batches))
+        plain(model, norms, batches, forward)
+
+    monkeypatch.setattr(adabn, "fit_statistics", spy)
+    _, data, _ = fitted(AdaBN())
+    pool = target_pool(data)
+    assert not torch.equal(seen[0], pool)
+    assert sorted(seen[0].tolist()) == sorted(pool.tolist())
+
+
 def test_running_adabn_follows_the_target_batches():
     model, _, _ = fitted(AdaBN("running"))
     norm = domain_norms(model)[0]
@@ -135,15 +186,6 @@ def test_branches_of_several_sources(per_source):
     norm = domain_norms(model)[0]
     assert sorted(norm.norms) == (["source", "source2", "target"] if per_source else ["source", "target"])
     assert int(norm.norms["source"].num_batches_tracked) == (4 if per_source else 8)
-
-
-class TargetMean(uda.Plugin):
-    """An objective on the target's features."""
-
-    @uda.hookimpl
-    def align_features(self, step):
-        """Squared mean."""
-        return {"mean": step.target.features.mean(0).square().sum()}
 
 
 def test_dsbn_branches_learn_apart_and_inference_takes_the_targets():

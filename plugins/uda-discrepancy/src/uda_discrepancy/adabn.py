@@ -130,9 +130,9 @@ class AdaBN(uda.Plugin):
             self.fresh.fill_(False)
 
     @uda.hookimpl
-    def predict(self, model: uda.UDA, batch: uda.DomainBatch) -> None:
-        """Bring the statistics up to date before the first target batch."""
-        if self.statistics == "pass" and batch.role == "target" and not self.fresh:
+    def before_evaluation(self, model: uda.UDA) -> None:
+        """Bring the statistics up to date, before anything else sees a target batch."""
+        if self.statistics == "pass" and not self.fresh:
             self.collect(model)
 
     def collect(self, model: uda.UDA) -> None:
@@ -146,7 +146,8 @@ class AdaBN(uda.Plugin):
             return
 
         def batches() -> Iterable[Tensor]:
-            for batch in datamodule.pool_dataloader(model.target_name):
+            # shuffled: the order on disk is often that of the classes, and each batch is normalised by itself
+            for batch in datamodule.pool_dataloader(model.target_name).shuffled(model.base_seed):
                 batch = trainer.strategy.batch_to_device(batch, model.device)
                 yield batch["x"][model.owned_rows(batch["index"])]
 
