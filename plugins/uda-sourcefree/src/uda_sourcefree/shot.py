@@ -14,15 +14,21 @@ from uda.nn import full, no_autocast
 
 
 @torch.no_grad()
-def centroid_labels(features: Tensor, probs: Tensor, rounds: int = 2, threshold: int = 0) -> Tensor:
-    """Class of the nearest centroid by cosine, for a whole domain: ``[N]``.
+def centroids(
+    features: Tensor, probs: Tensor, rounds: int = 2, threshold: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Centroids of the classes of a whole domain.
 
     Features get a column of ones and length 1. Centroids are means weighed by the class probabilities (equation 4),
-    then by the labels that these give (equation 6). Classes that no more than ``threshold`` samples are predicted as
-    have no centroid.
+    then by the labels that these give (equation 6).
 
     Args:
         features: ``[N, F]``; probs: ``[N, C]``; rounds: how often centroids are made, 2 in the paper.
+        threshold: predicted samples that a class must exceed to have a centroid.
+
+    Returns:
+        Features ``[N, F + 1]``, centroids ``[C, F + 1]``, and the cosine of each sample with each of them ``[N, C]``,
+        -inf where a class has none.
     """
     with no_autocast(features):
         f = F.normalize(torch.cat([full(features), torch.ones_like(full(features[:, :1]))], 1), dim=1)
@@ -32,11 +38,15 @@ def centroid_labels(features: Tensor, probs: Tensor, rounds: int = 2, threshold:
         if absent.all():
             absent = torch.zeros_like(absent)
         for _ in range(rounds):
-            centroids = weight.T @ f / (1e-8 + weight.sum(0)[:, None])
-            similarity = f @ F.normalize(centroids, dim=1).T
-            labels = similarity.masked_fill(absent, -torch.inf).argmax(1)
-            weight = class_distributions(labels, len(absent), f.dtype)
-        return labels
+            centres = weight.T @ f / (1e-8 + weight.sum(0)[:, None])
+            cosine = (f @ F.normalize(centres, dim=1).T).masked_fill(absent, -torch.inf)
+            weight = class_distributions(cosine.argmax(1), len(absent), f.dtype)
+        return f, centres, cosine
+
+
+def centroid_labels(features: Tensor, probs: Tensor, rounds: int = 2, threshold: int = 0) -> Tensor:
+    """Class of the nearest of the :func:`centroids` by cosine, for a whole domain: ``[N]``."""
+    return centroids(features, probs, rounds, threshold)[2].argmax(1)
 
 
 class SHOT(uda.Plugin):
