@@ -61,7 +61,7 @@ class M3SDA(Weighted):
 
     def __init__(
         self,
-        weight: float = 0.5,
+        weight: float = 0.25,
         second: str = "raw",
         pairs: bool = False,
         discrepancy: float = 1.0,
