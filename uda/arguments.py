@@ -34,6 +34,12 @@ def option(argv: list[str], name: str) -> str | None:
     return value
 
 
+def instantiated(parser: Any, config: Any) -> Any:
+    """A parsed config with all its classes made, by jsonargparse before and after 4.49, which renamed the method."""
+    make = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return make(config)
+
+
 class Arguments:
     """Turns ``argv`` into arguments for the parser.
 

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from uda import data
-from uda.arguments import Arguments, option
+from uda.arguments import Arguments, instantiated, option
 from uda.console import quiet, short_parser_error
 from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.discovery import registry
@@ -146,7 +146,9 @@ class UDACLI(LightningCLI):
         if self.command == "fit" or self.run.fresh:
             self.run.claim(["uda", self.command, *self.argv])
         self.run.path = self.run.path.absolute()
-        super().instantiate_classes()
+        self.config_init = instantiated(self.parser, self.config)
+        self.datamodule, self.model = (self._get(self.config_init, part) for part in ("data", "model"))
+        self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer, writing into the run directory."""

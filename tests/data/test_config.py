@@ -6,6 +6,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from uda.arguments import instantiated
 from uda.data import ClassSplit, DataModule, Digits, ImageFolders, ImageViews, TensorViews
 
 DIGITS = {
@@ -21,7 +22,22 @@ def parse(config, *overrides):
     parser.add_class_arguments(DataModule, "data", sub_configs=True)
     text = yaml.safe_dump({"data": config})
     args = parser.parse_args([f"--config={text}", *overrides])
-    return parser.instantiate_classes(args).data
+    return instantiated(parser, args).data
+
+
+def test_classes_are_made_by_the_parsers_own_method():
+    """jsonargparse 4.49 renamed it, and warns of the old name."""
+
+    class Old:
+        def instantiate_classes(self, config):
+            return "old", config
+
+    class New(Old):
+        def instantiate(self, config):
+            return "new", config
+
+    assert instantiated(Old(), 1) == ("old", 1)
+    assert instantiated(New(), 1) == ("new", 1)
 
 
 def test_reader_and_strings():

@@ -87,7 +87,7 @@ def built(argv: list[str], backbone: str | None) -> tuple[Any, Any]:
     from lightning.pytorch.cli import LightningCLI
 
     from uda import data
-    from uda.arguments import Arguments
+    from uda.arguments import Arguments, instantiated
     from uda.console import quiet, short_parser_error
     from uda.lightning_cli import import_named_classes
     from uda.module import UDA
@@ -117,7 +117,7 @@ def built(argv: list[str], backbone: str | None) -> tuple[Any, Any]:
             return yaml.safe_load(Path(value).read_text()) if name == "--config" else [name[2:].split(".")[0]]
 
         def instantiate_classes(self) -> None:
-            self.config_init = self.parser.instantiate_classes(self.config)
+            self.config_init = instantiated(self.parser, self.config)
             self.model, self.datamodule = self.config_init["model"], self.config_init["data"]
 
     quiet()

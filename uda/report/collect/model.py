@@ -17,6 +17,7 @@ def load_data(config: dict[str, Any], root: str | None = None) -> Any:
     """The data module of a run's config, with the run's seed; ``root`` replaces the reader's folder."""
     from jsonargparse import ArgumentError, ArgumentParser
 
+    from uda.arguments import instantiated
     from uda.data import DataModule
     from uda.lightning_cli import import_named_classes
 
@@ -31,7 +32,7 @@ def load_data(config: dict[str, Any], root: str | None = None) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(DataModule, "data")
     try:
-        return parser.instantiate_classes(parser.parse_object({"data": settings})).data
+        return instantiated(parser, parser.parse_object({"data": settings})).data
     except ArgumentError as error:
         raise UDAError(f"the data section of config.yaml cannot be built: {error}") from error
 
