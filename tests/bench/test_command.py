@@ -148,6 +148,7 @@ def test_a_ledger_names_no_folder_of_one_machine(write_suite, fake, monkeypatch)
     assert json.loads(text.splitlines()[0])["config"]["data"]["reader"]["init_args"]["path"] == "${FOLDER:-x}/d.npz"
 
 
+@pytest.mark.slow
 def test_the_tables_of_this_projects_documents_say_what_their_ledgers_say():
     count, differences = documents.check([ROOT / "docs"], made_from_marker)
     assert count >= 1

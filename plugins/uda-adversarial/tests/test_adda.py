@@ -128,6 +128,7 @@ def test_bad_arguments_are_refused():
 CASE = {"init_args": {"hidden": 8, "pretrain": 0.45}}
 
 
+@pytest.mark.slow
 def test_plugin():
     """The run is resumed from before and from after the change of stage, among others."""
     report = check_plugin(ADDA, **CASE, ddp=False)

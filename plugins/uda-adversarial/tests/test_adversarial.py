@@ -184,7 +184,13 @@ CASES = [
 IDS = ["DANN", "CDAN", "CDAN+E"]
 
 
-@pytest.mark.parametrize(("cls", "init_args"), CASES, ids=IDS)
+def test_the_widest_case_goes_through_a_run():
+    cls, init_args = CASES[-1]
+    assert check_plugin(cls, init_args=init_args, ddp=False).objectives == ["domain"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cls", "init_args"), CASES[:-1], ids=IDS[:-1])
 def test_plugin(cls, init_args):
     assert check_plugin(cls, init_args=init_args, ddp=False).objectives == ["domain"]
 
@@ -209,6 +215,7 @@ def test_under_two_processes():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [DANN, CDAN])
 def test_two_sources(cls):
     check_plugin(cls, init_args=SMALL, sources=2, only=["lifecycle", "liveness"])

@@ -55,6 +55,7 @@ def test_bad_arguments_are_refused():
             BSP(**arguments)
 
 
+@pytest.mark.slow
 def test_plugin():
     report = check_plugin(BSP, init_args={"weight": 0.01}, ddp=False)
     assert report.objectives == ["spectral"]

@@ -94,6 +94,7 @@ def test_bad_arguments_are_refused():
         MDD(dropout=1.0)
 
 
+@pytest.mark.slow
 def test_plugin():
     report = check_plugin(MDD, init_args={"head_hidden": 8}, ddp=False)
     assert report.objectives == ["disparity"]

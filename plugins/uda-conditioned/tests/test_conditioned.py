@@ -279,6 +279,7 @@ def test_plugin_gdcan_on_images():
     check_plugin(GDCAN, kind="images", model_args={"forward_mode": "separate"}, ddp=False)
 
 
+@pytest.mark.slow
 def test_two_sources():
     check_plugin(GDCAN, sources=2, only=["lifecycle", "liveness"])
 

@@ -219,10 +219,12 @@ def test_dsbn_alone_is_refused():
 NORMED = {**SEPARATE, "bottleneck_norm": "batch"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", ["pass", "running"])
 def test_adabn_plugin(statistics):
     check_plugin(AdaBN, init_args={"statistics": statistics}, model_args=NORMED, ddp=False)
 
 
+@pytest.mark.slow
 def test_dsbn_plugin():
     check_plugin(DSBN, partners={"align": {"class_path": "DAN"}}, model_args=NORMED, ddp=False)

@@ -290,7 +290,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n != "JAN-A" else n for n in CASES])
 def test_plugin(name):
     cls, init_args, objectives = CASES[name]
     report = check_plugin(cls, init_args=init_args, ddp=False)
@@ -298,6 +298,7 @@ def test_plugin(name):
     assert not report.warnings
 
 
+@pytest.mark.slow
 def test_two_sources():
     check_plugin(DAN, sources=2, only=["lifecycle", "liveness"])
     check_plugin(DSAN, sources=2, only=["lifecycle"])

@@ -255,7 +255,12 @@ CASES = [
 IDS = [c.__name__ for c, _ in CASES]
 
 
-@pytest.mark.parametrize(("cls", "init_args"), CASES, ids=IDS)
+def test_pareto_goes_through_a_run():
+    check_plugin(ParetoDA, init_args=SMALL, ddp=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cls", "init_args"), CASES[1:], ids=IDS[1:])
 def test_plugin(cls, init_args):
     check_plugin(cls, init_args=init_args, ddp=False)
 

@@ -206,6 +206,7 @@ def test_bad_arguments_are_refused():
         ATDOC().build(SimpleNamespace(**{**vars(fake_model()), "sizes": {}}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["na", "nc"])
 def test_plugin(mode):
     report = check_plugin(ATDOC, init_args={"mode": mode}, ddp=False)

@@ -104,6 +104,7 @@ def test_ramp_and_bad_arguments():
         BNM(weight=-1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init_args", [{}, {"fast": True, "scale": "mean"}])
 def test_plugin(init_args):
     check_plugin(BNM, init_args=init_args, ddp=False)

@@ -354,7 +354,7 @@ def test_a_deep_head_is_refused():
 OPTIONS = {"mass": "domain", "posterior": "logits", "temperature": 0.1, "predict_by": "generative"}
 
 
-@pytest.mark.parametrize("init_args", [{}, OPTIONS])
+@pytest.mark.parametrize("init_args", [pytest.param({}, marks=pytest.mark.slow), OPTIONS])
 def test_plugin(init_args):
     report = check_plugin(GeT, init_args=init_args, ddp=False)
     assert report.objectives == ["classifier", "embedding"]

@@ -232,6 +232,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cls", "given"), CASES, ids=[c.__name__ for c, _ in CASES])
 def test_plugin(cls, given):
     assert not check_plugin(cls, ddp=False, **given).warnings

@@ -140,6 +140,7 @@ CASES = [(MCC, {}), (EntropyMinimisation, {}), (EntropyMinimisation, {"diversity
 IDS = ["MCC", "entropy", "information"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cls", "init_args"), CASES, ids=IDS)
 def test_plugin(cls, init_args):
     check_plugin(cls, init_args=init_args, ddp=False)

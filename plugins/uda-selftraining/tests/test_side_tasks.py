@@ -169,6 +169,7 @@ def test_plugin(cls, given):
     assert not check_plugin(cls, ddp=False, **given).warnings
 
 
+@pytest.mark.slow
 def test_partial_label_sets():
     """The task needs no label: a target that lacks a class changes nothing for it."""
     split = {"known": ["a", "b"], "source_private": ["c"]}
