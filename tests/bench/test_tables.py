@@ -191,6 +191,20 @@ def test_suites_side_by_side(records):
     assert table.rows[0] == ["n", "67.0 ± 1.5", "50.0 ± 0.0", "61.3", "+6.3", "3 of 3"]
     assert table.rows[1] == ["source_only", "62.5 ± 0.0", "40.0 ± 0.0", "55.0", "", ""]
     assert table.rows[2] == ["m", "61.5 ± 1.8", "-", "-", "-1.0", "0 of 2"]
-    assert table.bold == {(0, 4)}  # nine differences, all of one sign: p = 0.004
+    assert table.bold == set()  # nine differences of one sign, but of three tasks alone
     with pytest.raises(UDAError, match="no method 'erm'"):
         suites_table(tables.frame(records), baseline="erm")
+
+
+def test_the_gain_is_tested_by_task():
+    """Six tasks of one sign: p = 0.031, with one seed or with three."""
+    for seeds in (1, 3):
+        runs = [
+            record(method, f"t{task}", seed, start + task / step)
+            for method, start, step in (("source_only", 0.5, 100), ("n", 0.6, 50))
+            for task in range(6)
+            for seed in range(seeds)
+        ]
+        assert suites_table(tables.frame(runs)).bold == {(0, 3)}
+        fewer = [r for r in runs if r["task"] != "t5"]
+        assert suites_table(tables.frame(fewer)).bold == set()

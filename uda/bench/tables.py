@@ -192,12 +192,13 @@ def figures_table(
     tasks, methods = in_order(data["task"], tasks), in_order(data["method"], methods)
     data = data[data["task"].isin(tasks) & data["method"].isin(methods)]
     rows, numbers = [], []
+    found = {figure: cells(data, figure) for figure in FIGURES if data[figure].notna().any()}
     for method in methods:
         own = data[data["method"] == method]
         row, number = [method], {"method": method}
         for figure in FIGURES:
-            series = cells(own, figure).reindex([method]).loc[method] if own[figure].notna().any() else None
-            values = pd.Series(dtype=float) if series is None else average_by_seed(series, tasks)
+            known = method in found[figure].index if figure in found else False
+            values = average_by_seed(found[figure].loc[method], tasks) if known else pd.Series(dtype=float)
             mean, spread = mean_and_spread(values)
             row.append(told(mean, spread))
             number |= {figure: mean, f"{figure} sd": spread}
