@@ -182,17 +182,22 @@ class RandomisedMap(nn.Module):
         return (features @ self.features_map) * (probs @ self.probs_map) / self.out_features**0.5
 
 
-def minimum_class_confusion(logits: Tensor, temperature: float = 2.5) -> Tensor:
+def minimum_class_confusion(logits: Tensor, temperature: float = 2.5, detach: bool = True) -> Tensor:
     """Minimum class confusion of unlabelled logits ``[B, C]`` (MCC: Jin et al., 2020).
 
     With ``p = softmax(z / T)`` and certainty weights ``w_i = B (1 + exp(-H_i)) / sum_j (1 + exp(-H_j))``
-    (constants), the confusion matrix ``p^T diag(w) p`` is normalised by rows, and the loss is the mean over
-    classes of what lies off its diagonal. A class that no sample predicts at all adds nothing.
+    the confusion matrix ``p^T diag(w) p`` is normalised by rows, and the loss is the mean over classes of what
+    lies off its diagonal. A class that no sample predicts at all adds nothing.
+
+    Args:
+        logits: ``[B, C]``; temperature: T.
+        detach: the weights are constants, as in the authors' code; otherwise the gradient is that of the whole formula.
     """
     with no_autocast(logits):
         scaled = full(logits) / temperature
         p = scaled.softmax(1)
-        weight = entropy_weights(scaled)  # mean 1 over the batch, which is the paper's normalisation
+        weight = entropy_weights(scaled, "none", detach)
+        weight = weight / weight.mean()  # mean 1 over the batch, which is the paper's normalisation
         confusion = p.T @ (p * weight[:, None])
         confusion = confusion / confusion.sum(1, keepdim=True).clamp_min(1e-12)
         return (confusion.sum() - confusion.trace()) / p.shape[1]

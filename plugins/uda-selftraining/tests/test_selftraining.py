@@ -65,6 +65,23 @@ def test_mcc_bounds():
     assert float(objective(MCC(), unsure)) == pytest.approx(3 / 4)
 
 
+@pytest.mark.parametrize("detach", [True, False])
+def test_mcc_gradient_is_the_formulas_only_without_detach(detach):
+    """Against differences of the value, which is the same either way."""
+    logits = 2 * torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    logits.requires_grad_()
+    value = objective(MCC(detach=detach), logits)
+    (got,) = torch.autograd.grad(value, [logits])
+    assert float(value.detach()) == pytest.approx(class_confusion(logits.detach(), 2.5), rel=1e-6)
+    differences = torch.zeros_like(got)
+    for at in torch.cartesian_prod(torch.arange(5), torch.arange(3)):
+        step = torch.zeros_like(got)
+        step[tuple(at)] = 1e-6
+        up, down = (class_confusion((logits + s).detach(), 2.5) for s in (step, -step))
+        differences[tuple(at)] = (up - down) / 2e-6
+    assert torch.allclose(got, differences, rtol=1e-4, atol=1e-7) != detach
+
+
 def test_mcc_weights_are_constants():
     """The gradient is that of the confusion with the certainty weights held fixed."""
     logits = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)

@@ -21,6 +21,8 @@ class MCC(uda.Plugin):
         temperature: softens the predictions before confusion is counted (2.5; 3 on VisDA, 2 on DomainNet).
         ramp: growth of the weight over the run's progress p: ``none`` (the paper), ``linear`` (p), ``warm_start``
             (2 / (1 + exp(-10 p)) - 1). Confident targets early in training fix the errors of an untrained classifier.
+        detach: the certainty weights are constants, as in the authors' code; False: the gradient runs through them too.
+            The paper's equations do not tell. The value is the same.
     """
 
     settings = ("closed", "partial", "multi-source", "source-free")
@@ -28,15 +30,17 @@ class MCC(uda.Plugin):
         "weight": (0.1, 3.0, "log"), "temperature": (1.0, 4.0), "ramp": ["none", "linear"],
     }  # fmt: skip
 
-    def __init__(self, weight: float = 1.0, temperature: float = 2.5, ramp: str = "none") -> None:
+    def __init__(
+        self, weight: float = 1.0, temperature: float = 2.5, ramp: str = "none", detach: bool = True
+    ) -> None:
         super().__init__()
         if weight < 0 or temperature <= 0:
             raise uda.UDAError("MCC: weight must not be negative, and temperature must be positive.")
         ramp_factor(ramp, 0.0)  # an unknown ramp is refused here
-        self.weight, self.temperature, self.ramp = weight, temperature, ramp
+        self.weight, self.temperature, self.detach, self.ramp = weight, temperature, detach, ramp
 
     @uda.hookimpl
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
         """The confusion objective."""
         weight = self.weight * ramp_factor(self.ramp, step.progress)
-        return {"confusion": weight * minimum_class_confusion(step.target.logits, self.temperature)}
+        return {"confusion": weight * minimum_class_confusion(step.target.logits, self.temperature, self.detach)}
