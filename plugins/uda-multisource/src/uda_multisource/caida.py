@@ -1,0 +1,112 @@
+"""Confident Anchor-Induced Multi-Source Free Domain Adaptation (CAiDA: Dong et al., NeurIPS 2021)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from uda_sourcefree.neighbours import nearest
+from uda_sourcefree.shot import centroids
+
+import uda
+from uda.nn import full, no_autocast
+from uda_multisource.decision import LabelledExperts
+
+
+def confident(values: Tensor, share: float) -> Tensor:
+    """Mask of the ``share`` of rows with the largest lead of the largest value over the second, ``[N, C] -> [N]``."""
+    top = values.topk(2, dim=1).values
+    lead = torch.where(top[:, 1].isinf(), torch.inf, top[:, 0] - top[:, 1])
+    keep = max(1, round(share * len(values)))
+    mask = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    mask[lead.topk(keep).indices] = True
+    return mask
+
+
+def anchor_labels(features: Tensor, probs: Tensor, share: float = 0.5, rounds: int = 2, neighbours: int = 1) -> Tensor:
+    """Labels ``[N]``: anchors keep that of their centroid, the others take that of the nearest anchors.
+
+    Anchors are confident by their centroids and by their probabilities: in the ``share`` of largest leads of both.
+    Where no sample is in both, all keep the label of their centroid.
+
+    Args:
+        features: joined, ``[N, F]``; probs: ``[N, C]``; neighbours: anchors that vote, all alike.
+    """
+    f, _, cosine = centroids(features, probs, rounds)
+    labels = cosine.argmax(1)
+    anchors = (confident(cosine, share) & confident(full(probs), share)).nonzero().squeeze(1)
+    if not len(anchors):
+        return labels
+    near = nearest(f, f[anchors], min(neighbours, len(anchors)))
+    votes = F.one_hot(labels[anchors][near], probs.shape[1]).sum(1)
+    out = votes.argmax(1)
+    out[anchors] = labels[anchors]
+    return out
+
+
+def class_relations(logits: Tensor, labels: Tensor) -> Tensor:
+    """How far the experts differ in what they say of each class of a batch (class-relation consistency).
+
+    For each class of the labels, each expert's mean logits over the class become a distribution by softmax; the mean
+    over these classes of the Kullback-Leibler divergences of all ordered pairs of experts, divided by their number M.
+
+    Args:
+        logits: ``[B, M, C]``; labels: ``[B]``.
+    """
+    with no_autocast(logits):
+        member = F.one_hot(labels, logits.shape[2]).to(full(logits).dtype)
+        count = member.sum(0)
+        mean = torch.einsum("bk,bmc->kmc", member, full(logits)) / count.clamp_min(1)[:, None, None]
+        log_p = mean.log_softmax(2)
+        p, present = log_p.exp(), (count > 0).to(log_p.dtype)
+        own = (p * log_p).sum(2)  # [K, M]
+        divergence = own[:, :, None] - torch.einsum("kmc,knc->kmn", p, log_p)
+        return (divergence.sum((1, 2)) * present).sum() / present.sum() / logits.shape[1]
+
+
+class CAiDA(LabelledExperts):
+    """Several source models as one, labels from confident anchors, experts that agree on classes (Dong et al. 2021).
+
+    As :class:`~uda_multisource.decision.DECISION`, with labels of :func:`anchor_labels` on the joined features and
+    probabilities, and ``relation_weight`` times :func:`class_relations`.
+
+    Args:
+        checkpoints, inputs, architectures: as in :class:`~uda_multisource.experts.Experts`.
+        label_weight, relation_weight, entropy_weight: published 0.7, 0.01 and 1.
+        share: of confident samples, by each of the two measures.
+        neighbours: anchors that label a sample which is none. The paper's number is not known to us; 1 is the nearest.
+        rounds: of the centroids.
+    """
+
+    def __init__(
+        self,
+        checkpoints: list[str],
+        inputs: list[dict[str, Any]] | None = None,
+        architectures: list[dict[str, Any]] | None = None,
+        label_weight: float = 0.7,
+        relation_weight: float = 0.01,
+        entropy_weight: float = 1.0,
+        share: float = 0.5,
+        neighbours: int = 1,
+        rounds: int = 2,
+    ) -> None:
+        super().__init__(checkpoints, inputs, architectures, label_weight, entropy_weight, rounds)
+        if relation_weight < 0 or not 0 < share <= 1 or neighbours < 1:
+            raise uda.UDAError("CAiDA: relation_weight must not be negative, share in (0, 1], neighbours 1 or more.")
+        self.relation_weight, self.share, self.neighbours = relation_weight, share, neighbours
+
+    def make_labels(self, model: uda.UDA, features: Tensor, logits: Tensor) -> Tensor:
+        """By anchors."""
+        joined = (model.head.weights[None, :, None] * features).sum(1)
+        return anchor_labels(joined, model.head.joined(logits).softmax(1), self.share, self.rounds, self.neighbours)
+
+    @uda.hookimpl
+    def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
+        """Labels, information and relations."""
+        found = super().refine_classifier(step)
+        if self.relation_weight:
+            each = step.model.head.each(step.target.features)
+            found["relations"] = self.relation_weight * class_relations(each, step.target.pseudo.y)
+        return found
