@@ -246,6 +246,14 @@ def test_slips(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkey
             evaluate(run, "oracle")
 
 
+@pytest.mark.parametrize("text", ['{"steps": ', "[1]"])
+def test_a_damaged_run_is_told(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text("data: {}")
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(uda.UDAError, match="run it again"):
+        read_run(tmp_path)
+
+
 def test_names_are_what_differs() -> None:
     assert short_names([Path("/r/a/seed0"), Path("/r/b/seed0")]) == ["a", "b"]
     assert short_names([Path("/r/a/seed0"), Path("/r/a/seed1")]) == ["seed0", "seed1"]

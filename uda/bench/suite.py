@@ -99,17 +99,20 @@ class Suite:
         runs_dir = Path(given.get("runs_dir") or spec.get("runs_dir") or Path("runs", "bench", name))
         suite = cls(
             name=name,
-            tasks={str(k): dict(v or {}) for k, v in _mapping(spec.get("tasks"), f"{path}: tasks").items()},
+            tasks={
+                str(k): dict(_mapping(v or {}, f"{path}: task {str(k)!r}"))
+                for k, v in _mapping(spec.get("tasks"), f"{path}: tasks").items()
+            },
             methods=_methods(spec.get("methods"), path),
-            seeds=[int(s) for s in given.get("seeds", spec.get("seeds", [0]))],
+            seeds=_seeds(given.get("seeds", spec.get("seeds", [0])), path),
             runs_dir=runs_dir,
             ledger=Path(given.get("ledger") or spec.get("ledger") or runs_dir / "ledger.jsonl"),
             base=read_yaml(path.parent / spec["base"]) if spec.get("base") else {},
-            overrides=dict(spec.get("overrides") or {}),
+            overrides=dict(_mapping(spec.get("overrides") or {}, f"{path}: overrides")),
             forced=dict(overrides or {}),
             select_by=str(spec.get("select_by", DEFAULT_SCORE)),
-            threads=int(spec.get("threads", 0)),
-            slurm=dict(spec.get("slurm") or {}),
+            threads=_whole(spec.get("threads", 0), f"{path}: threads"),
+            slurm=dict(_mapping(spec.get("slurm") or {}, f"{path}: slurm")),
             description=str(spec.get("description", "")),
         )
         if not (suite.tasks and suite.methods and suite.seeds):
@@ -175,6 +178,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+def _whole(value: Any, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UDAError(f"{where}: a whole number is needed, not {value!r}.")
+    return value
+
+
+def _seeds(seeds: Any, path: Path) -> list[int]:
+    if not isinstance(seeds, list | tuple):
+        raise UDAError(f"{path}: seeds is a list of whole numbers such as [0, 1, 2], not {seeds!r}.")
+    return [_whole(seed, f"{path}: seeds") for seed in seeds]
+
+
 def check_keys(spec: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     """Raise a :class:`~uda.errors.UDAError` on a key that is none of ``known``."""
     for key in spec:
@@ -210,6 +225,7 @@ def _method(value: Any, where: str, folder: Path) -> dict[str, Any]:
         spec["config"] = {}
         for name in names:
             spec["config"] = merged(spec["config"], read_yaml(folder / str(name)))
+    _mapping(spec.get("overrides") or {}, f"{where}.overrides")
     if "plugins" in spec:
         spec["plugins"] = dict(_mapping(spec["plugins"] or {}, f"{where}.plugins"))
     return spec

@@ -40,8 +40,13 @@ def read_run(folder: str | Path, name: str = "") -> Run:
     for file in ("config.yaml", "summary.json"):
         if not (path / file).is_file():
             raise UDAError(f"{str(folder)!r} is no directory of a finished run: no {file}. {_hint(path)}")
-    summary = json.loads((path / "summary.json").read_text())
-    config = yaml.safe_load((path / "config.yaml").read_text())
+    try:
+        summary = json.loads((path / "summary.json").read_text())
+        config = yaml.safe_load((path / "config.yaml").read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise UDAError(f"{str(folder)!r}: summary.json or config.yaml is damaged ({error}): run it again.") from error
+    if not (isinstance(summary, dict) and isinstance(config, dict)):
+        raise UDAError(f"{str(folder)!r}: summary.json and config.yaml must hold mappings: run it again.")
     history = read_history(path)
     run = Run(name or short_names([path])[0], path, config, summary, read_record(path), history, {})
     logged = logged_rows(path / "logs" / "metrics.csv")
