@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from uda_multisource import DECISION, MSFDA, CAiDA
+from uda_multisource import DECISION, MSFDA, SMUDA, CAiDA
 from uda_multisource.caida import anchor_labels, class_relations
 from uda_multisource.decision import joint_centroid_labels
-from uda_multisource.experts import ExpertHead, ExpertInput
+from uda_multisource.experts import ExpertHead, ExpertInput, network, read
 from uda_multisource.msfda import aggregate, masked_information, prototype_probs
+from uda_multisource.smuda import class_draws, gaussian_factors
+from uda_sourcefree.handover import handover
 
 import uda
 from uda.testing import TinyTask, check_plugin, check_plugins_ddp
 
-METHODS = [DECISION, CAiDA, MSFDA]
+METHODS = [DECISION, CAiDA, MSFDA, SMUDA]
 
 
 def source_model(path, number=1, steps=10, backbone=None, **options):
@@ -40,7 +42,13 @@ def source_model(path, number=1, steps=10, backbone=None, **options):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
-    return [source_model(folder / f"s{i}.ckpt", i) for i in (1, 2)]
+    paths = []
+    for i in (1, 2):
+        path, task = source_model(folder / f"s{i}.ckpt", i), TinyTask("features", 2)
+        data = uda.DataModule(task, source=task.domains()[i - 1], target="target", seed=1)
+        torch.save(handover(path, data, least=3), path)
+        paths.append(path)
+    return paths
 
 
 def target_model(plugin, **options):
@@ -150,6 +158,40 @@ def test_inputs_of_an_expert():
     assert ExpertInput()(x) is x
 
 
+def test_draws_of_the_classes():
+    """As many of each class, with its mean and covariance."""
+    torch.manual_seed(0)
+    a = torch.randn(2, 3, 3)
+    covariances, means = a @ a.mT, 10.0 * torch.eye(3)[:2]
+    factors = gaussian_factors(covariances, 1e-6)
+    torch.testing.assert_close(factors @ factors.mT, covariances, rtol=1e-3, atol=1e-4)
+    drawn = class_draws(means, factors, 40000)
+    own = torch.cdist(drawn, means).argmin(1)
+    assert abs(int((own == 0).sum()) - 20000) < 200
+    for c in range(2):
+        torch.testing.assert_close(drawn[own == c].mean(0), means[c], rtol=0.05, atol=0.1)
+        torch.testing.assert_close(torch.cov(drawn[own == c].T), covariances[c], rtol=0.1, atol=0.2)
+    flat = torch.zeros(1, 4, 4)  # fewer samples than features: rank deficient
+    assert gaussian_factors(flat).isfinite().all()
+
+
+def test_distance_to_the_gaussians_falls(checkpoints):
+    plugin = SMUDA(checkpoints, entropy=0.0)
+    model = target_model(plugin)
+    torch.manual_seed(0)
+    x = torch.rand(40, 6) * 2
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    values = []
+    for _ in range(25):
+        step = uda.Step(model, {"target": {"x": x, "index": torch.arange(40)}}, 0.5, 0, 0)
+        loss = plugin.refine_classifier(step)["distance"]
+        values.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert sum(values[-5:]) < 0.6 * sum(values[:5])
+
+
 # ------------------------------------------------------------------------------------------------- networks
 
 
@@ -157,7 +199,11 @@ def test_network_is_that_of_the_sources(checkpoints):
     plugin = DECISION(checkpoints)
     model = target_model(plugin).eval()
     x = torch.randn(4, 6)
-    sources = [uda.UDA.load_from_checkpoint(c, map_location="cpu", weights_only=True).eval() for c in checkpoints]
+    sources = []
+    for c in checkpoints:
+        architecture, state, _ = read(c, "")
+        sources.append(network(architecture).eval())
+        sources[-1].load_state_dict(state)
     torch.testing.assert_close(model(x), sum(s(x) for s in sources) / 2)
     assert model.feature_dim == 16
     assert not any(p.requires_grad for h in model.head.heads for p in h.parameters())
@@ -225,6 +271,9 @@ def test_bad_checkpoints_are_refused(checkpoints, tmp_path):
                 class_names=["a", "c", "b"], input_shape=[6], target_name="target")  # fmt: skip
     with pytest.raises(uda.UDAError, match=r"trained on inputs of shape \[6\] and refuses those of this run, \[7\]"):
         uda.UDA("identity", {"refine": DECISION(checkpoints)}, bottleneck=0, num_classes=3, input_shape=[7])
+    bare = source_model(tmp_path / "bare.ckpt", 2, 1)
+    with pytest.raises(uda.UDAError, match=r"bare.ckpt' holds no class statistics.*uda export-source"):
+        target_model(SMUDA([checkpoints[0], bare]))
     wider = source_model(tmp_path / "wide.ckpt", 2, 1, bottleneck=12)
     with pytest.raises(uda.UDAError, match=r"widths are \[8, 12\]"):
         target_model(DECISION([checkpoints[0], wider]))

@@ -7,6 +7,7 @@ from uda_multisource.m3sda import M3SDA
 from uda_multisource.mdan import MDAN
 from uda_multisource.mfsan import MFSAN
 from uda_multisource.msfda import MSFDA
+from uda_multisource.smuda import SMUDA
 from uda_multisource.weights import SourceWeights
 
-__all__ = ["DARN", "DECISION", "M3SDA", "MDAN", "MFSAN", "MSFDA", "CAiDA", "SourceWeights"]
+__all__ = ["DARN", "DECISION", "M3SDA", "MDAN", "MFSAN", "MSFDA", "SMUDA", "CAiDA", "SourceWeights"]

@@ -9,17 +9,12 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.nn import functional as F
+from uda_sourcefree.handover import ARCHITECTURE
 
 import uda
 from uda.arguments import instantiated
 from uda.nn import domain_feature_size, no_autocast
 from uda.nn.precision import full
-
-#: What of a checkpoint's settings makes its network again.
-ARCHITECTURE = (
-    "backbone", "bottleneck", "bottleneck_norm", "bottleneck_dropout", "head", "num_classes", "class_names",
-    "input_shape", "source_names", "target_name",
-)  # fmt: skip
 
 
 class ExpertInput(nn.Module):
@@ -105,8 +100,8 @@ class ExpertHead(nn.Module):
         return self.joined(self.each(features))
 
 
-def read(path: str, who: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Architecture and weights in a checkpoint of a source model.
+def read(path: str, who: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor] | None]:
+    """Architecture, weights and, where it has them, class statistics in a checkpoint or hand-over file of a source.
 
     Raises:
         UDAError: no such file, or no model of this library in it.
@@ -116,7 +111,8 @@ def read(path: str, who: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings, state = checkpoint["hyper_parameters"], checkpoint["state_dict"]
-        return {k: settings[k] for k in ARCHITECTURE if settings.get(k) is not None}, state
+        architecture = {k: settings[k] for k in ARCHITECTURE if settings.get(k) is not None}
+        return architecture, state, checkpoint.get("class_statistics")
     except Exception as error:
         raise uda.UDAError(f"{who}: {path!r} cannot be read as a checkpoint of uda fit: {error}") from error
 
@@ -135,7 +131,8 @@ class Experts(uda.Plugin):
     checkpoints, each with the inputs it was trained on. The classifiers are frozen.
 
     Args:
-        checkpoints: of the source models, as ``uda fit`` writes them; two or more, with the classes of the run.
+        checkpoints: of the source models, as ``uda fit`` or ``uda export-source`` writes them; two or more, with the
+            classes of the run.
         inputs: for each checkpoint the arguments of :class:`ExpertInput`, ``{size, channels, mean, std}``; None: all
             take the batch as it is.
         architectures: settings that make the networks; filled in from the checkpoints, and kept with the model, so that
@@ -158,6 +155,7 @@ class Experts(uda.Plugin):
             raise uda.UDAError(f"{name} needs two checkpoints or more; for one there are SHOT, NRC and AaD.")
         if inputs is not None and len(inputs) != len(checkpoints):
             raise uda.UDAError(f"{name}: {len(checkpoints)} checkpoints but {len(inputs)} inputs; give one for each.")
+        self.statistics: list[dict[str, Tensor] | None] = []
         self.checkpoints, self.architectures = [str(c) for c in checkpoints], architectures
         self.looks = [ExpertInput(**(given or {})) for given in (inputs or [{} for _ in checkpoints])]
 
@@ -179,7 +177,8 @@ class Experts(uda.Plugin):
         here = [Path(c).is_file() for c in self.checkpoints]
         if self.architectures is None or all(here):
             found = [read(c, name) for c in self.checkpoints]
-            self.architectures, states = [a for a, _ in found], [s for _, s in found]
+            self.architectures, states = [a for a, _, _ in found], [s for _, s, _ in found]
+            self.statistics = [s for _, _, s in found]
         nets = [network(a) for a in self.architectures]
         for path, net, state in zip(self.checkpoints, nets, states, strict=bool(states)):
             own = net.state_dict()
