@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -252,13 +253,22 @@ def fit(cls, level, devices, path):
     trainer.fit(make(cls(level)), datamodule=TwoHalves(batch(8)))
 
 
+CASES = [(Linear, "features"), (Linear, "parameters"), (LinearReruns, "parameters")]
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """All cases on two processes and on one, in an interpreter of their own: forked ranks must not meet threads."""
+    folder = tmp_path_factory.mktemp("gate")
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, __file__, str(folder)], check=True, timeout=300, env=one_thread)
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("cls", "level"), [(Linear, "features"), (Linear, "parameters"), (LinearReruns, "parameters")])
-def test_two_processes_equal_one_with_the_whole_batch(tmp_path, cls, level):
-    for devices in (1, 2):  # a fresh interpreter each: forked ranks must not meet this process's threads
-        command = [sys.executable, __file__, cls.__name__, level, str(devices), str(tmp_path / f"n{devices}")]
-        subprocess.run(command, check=True, timeout=240)
-    one, first, second = (torch.load(tmp_path / n) for n in ("n1.0", "n2.0", "n2.1"))
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: f"{CASES[i][0].__name__}-{CASES[i][1]}")
+def test_two_processes_equal_one_with_the_whole_batch(halves, case):
+    one, first, second = (torch.load(halves / f"{case}.{n}") for n in ("n1.0", "n2.0", "n2.1"))
     for key in ("gram", "inner"):
         torch.testing.assert_close(first[key], one[key], rtol=1e-5, atol=1e-7)
         assert torch.equal(first[key], second[key])
@@ -267,4 +277,6 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path, cls, level):
 
 
 if __name__ == "__main__":
-    fit(globals()[sys.argv[1]], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    for devices in (2, 1):
+        for number, (cls, level) in enumerate(CASES):
+            fit(cls, level, devices, f"{sys.argv[1]}/{number}.n{devices}")

@@ -53,7 +53,7 @@ def test_broken_plugin_passes_the_checks_before(cls):
 @pytest.mark.parametrize("cls", broken.BROKEN_UNDER_DDP, ids=lambda c: c.__name__)
 def test_broken_under_two_processes(cls):
     with pytest.raises(CheckFailed, match=broken.BROKEN_UNDER_DDP[cls]) as caught:
-        check_plugin(cls, only=["ddp"], ddp_timeout=45 if cls is broken.WaitsForEver else 180)
+        check_plugin(cls, only=["ddp"], ddp_timeout=25 if cls is broken.WaitsForEver else 180)
     assert caught.value.check == "ddp"
 
 

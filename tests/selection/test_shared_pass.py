@@ -216,11 +216,11 @@ def test_density_of_many_samples_needs_little_memory():
     code = (
         "import resource, torch; from uda.selection import soft_neighbourhood_density as f\n"
         "torch.set_num_threads(1)\n"
-        "z = torch.randn(50000, 12); a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "z = torch.randn(20000, 12); a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "f(z); print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - a) / 2**20)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1  # GiB
+    assert float(done.stdout) < 0.5  # GiB; all distances at once are 1.5
 
 
 def run_rank(out: str) -> None:
