@@ -76,15 +76,29 @@ def test_joint_centroids_by_loops():
     assert joint_centroid_labels(torch.tensor(f), torch.tensor(z), torch.tensor(w)).tolist() == expected
 
 
-def test_anchors_keep_their_label_and_give_it_to_others():
-    torch.manual_seed(0)
-    centre = torch.eye(3) * 4
-    f = torch.cat([centre[i] + 0.1 * torch.randn(6, 3) for i in range(3)])
-    p = F.one_hot(torch.arange(3).repeat_interleave(6), 3).float() * 0.8 + 0.05
-    p[5] = torch.tensor([0.3, 0.36, 0.34])  # unsure, and wrong
-    expected = [0] * 6 + [1] * 6 + [2] * 6
-    for neighbours in (1, 3):
-        assert anchor_labels(f, p, 0.9, 2, neighbours).tolist() == expected
+def test_anchors_by_loops():
+    draw = np.random.default_rng(2)
+    f, p, mix = draw.normal(size=(20, 4)), draw.dirichlet(np.ones(3), 20), draw.uniform(0.4, 1.1, 20)
+    unit = np.concatenate([f, np.ones((20, 1))], 1)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+
+    def cosines(x, weight):
+        own = [sum(w[c] * v for w, v in zip(weight, x, strict=True)) for c in range(3)]
+        return np.array([[v @ m / np.linalg.norm(v) / np.linalg.norm(m) for m in own] for v in x])
+
+    def surest(values):
+        lead = [sorted(v)[-1] - sorted(v)[-2] for v in values]
+        return set(np.argsort(lead)[-8:])
+
+    first = cosines(unit, p)
+    labels, anchors = first.argmax(1), surest(first) | surest(p)
+    moved = []
+    for i in range(20):
+        near = max((j for j in anchors if j != i), key=lambda j: unit[i] @ unit[j])
+        moved.append(mix[i] * unit[i] + (1 - mix[i]) * unit[near])
+    expected = cosines(np.array(moved), np.eye(3)[labels]).argmax(1)
+    assert anchor_labels(torch.tensor(f), torch.tensor(p), torch.tensor(mix), 0.4).tolist() == expected.tolist()
+    assert expected.tolist() != labels.tolist()
 
 
 def test_relations_by_loops():

@@ -25,25 +25,28 @@ def confident(values: Tensor, share: float) -> Tensor:
     return mask
 
 
-def anchor_labels(features: Tensor, probs: Tensor, share: float = 0.5, rounds: int = 2, neighbours: int = 1) -> Tensor:
-    """Labels ``[N]``: anchors keep that of their centroid, the others take that of the nearest anchors.
+def anchor_labels(features: Tensor, probs: Tensor, mix: Tensor, share: float = 0.5) -> Tensor:
+    """Labels ``[N]`` by the centroids of features that have moved towards the nearest confident anchor.
 
-    Anchors are confident by their centroids and by their probabilities: in the ``share`` of largest leads of both.
-    Where no sample is in both, all keep the label of their centroid.
+    Centroids of the classes by the probabilities label each sample. Anchors are samples that are confident by their
+    centroids or by their probabilities, in the ``share`` of the largest leads of either. Each feature f (of length 1, with
+    a column of ones) becomes ``mix f + (1 - mix) f_anchor`` with its nearest anchor but itself; the centroids of these by
+    the labels give the new ones. The authors' code walks from neighbour to neighbour until it meets an anchor.
 
     Args:
-        features: joined, ``[N, F]``; probs: ``[N, C]``; neighbours: anchors that vote, all alike.
+        features: joined, ``[N, F]``; probs: ``[N, C]``; mix: ``[N]``.
     """
-    f, _, cosine = centroids(features, probs, rounds)
+    f, _, cosine = centroids(features, probs, 1)
     labels = cosine.argmax(1)
-    anchors = (confident(cosine, share) & confident(full(probs), share)).nonzero().squeeze(1)
-    if not len(anchors):
-        return labels
-    near = nearest(f, f[anchors], min(neighbours, len(anchors)))
-    votes = F.one_hot(labels[anchors][near], probs.shape[1]).sum(1)
-    out = votes.argmax(1)
-    out[anchors] = labels[anchors]
-    return out
+    anchors = (confident(cosine, share) | confident(full(probs), share)).nonzero().squeeze(1)
+    if len(anchors) > 1:
+        near = anchors[nearest(f, f[anchors], 2)]
+        own = near[:, 0] == torch.arange(len(f), device=f.device)
+        f = mix[:, None] * f + (1 - mix[:, None]) * f[torch.where(own, near[:, 1], near[:, 0])]
+    member = F.one_hot(labels, probs.shape[1]).to(f.dtype)
+    centres = member.T @ f / (1e-8 + member.sum(0)[:, None])
+    cosine = F.normalize(f, dim=1) @ F.normalize(centres, dim=1).T
+    return cosine.masked_fill(member.sum(0) == 0, -torch.inf).argmax(1)
 
 
 def class_relations(logits: Tensor, labels: Tensor) -> Tensor:
@@ -76,8 +79,7 @@ class CAiDA(LabelledExperts):
         checkpoints, inputs, architectures: as in :class:`~uda_multisource.experts.Experts`.
         label_weight, relation_weight, entropy_weight: published 0.7, 0.01 and 1.
         share: of confident samples, by each of the two measures.
-        neighbours: anchors that label a sample which is none. The paper's number is not known to us; 1 is the nearest.
-        rounds: of the centroids.
+        mix, spread: mean and standard deviation of a sample's own part when it moves to an anchor; published: 0.85, 0.15.
     """
 
     def __init__(
@@ -89,18 +91,20 @@ class CAiDA(LabelledExperts):
         relation_weight: float = 0.01,
         entropy_weight: float = 1.0,
         share: float = 0.5,
-        neighbours: int = 1,
-        rounds: int = 2,
+        mix: float = 0.85,
+        spread: float = 0.15,
     ) -> None:
-        super().__init__(checkpoints, inputs, architectures, label_weight, entropy_weight, rounds)
-        if relation_weight < 0 or not 0 < share <= 1 or neighbours < 1:
-            raise uda.UDAError("CAiDA: relation_weight must not be negative, share in (0, 1], neighbours 1 or more.")
-        self.relation_weight, self.share, self.neighbours = relation_weight, share, neighbours
+        super().__init__(checkpoints, inputs, architectures, label_weight, entropy_weight, 1)
+        if min(relation_weight, spread) < 0 or not 0 < share <= 1 or not 0 <= mix <= 1:
+            raise uda.UDAError("CAiDA: relation_weight and spread not negative, share in (0, 1], mix in [0, 1].")
+        self.relation_weight, self.share, self.own_part, self.spread = relation_weight, share, mix, spread
 
     def make_labels(self, model: uda.UDA, features: Tensor, logits: Tensor) -> Tensor:
         """By anchors."""
         joined = (model.head.weights[None, :, None] * features).sum(1)
-        return anchor_labels(joined, model.head.joined(logits).softmax(1), self.share, self.rounds, self.neighbours)
+        random = torch.Generator().manual_seed(model.base_seed + round(1e6 * model.progress))  # alike on all ranks
+        mix = self.own_part + self.spread * torch.randn(len(joined), generator=random).to(joined.device)
+        return anchor_labels(joined, model.head.joined(logits).softmax(1), mix, self.share)
 
     @uda.hookimpl
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
