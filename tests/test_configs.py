@@ -129,8 +129,11 @@ def test_method_runs_on_digits(name, tmp_path, monkeypatch):
     from uda.cli import main
 
     monkeypatch.chdir(tmp_path)
+    several = "_multi_source_only.yaml" in (ROOT / "configs" / "methods" / name).read_text()
+    base = f"{'pacs_features_multi' if several else 'digits'}_source_only.yaml"
+    words = stand_in(yaml.safe_load((ROOT / "configs" / base).read_text()), base, tmp_path) if several else []
     code = main([
-        "fit", "--config", str(ROOT / "configs" / "digits_source_only.yaml"),
+        "fit", "--config", str(ROOT / "configs" / base), *words,
         "--config", str(ROOT / "configs" / "methods" / name), "--data.epoch_steps=2", "--trainer.max_epochs=1",
         "--trainer.enable_progress_bar=false", "--run_dir", str(tmp_path / "run"),
     ])  # fmt: skip
@@ -145,7 +148,9 @@ def test_method_runs_on_digits(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_method_says_how_it_is_run(name):
     text = (ROOT / "configs" / "methods" / name).read_text()
-    base = r"uda fit --config configs/digits_source_only.yaml"
+    several = "_multi_source_only.yaml" in text  # a method that needs two sources or more
+    base = r"uda fit --config configs/\w+_multi_source_only.yaml"
+    base = base if several else r"uda fit --config configs/digits_source_only.yaml"
     # an addition names the method that it is laid over as well
     assert re.search(rf"{base}( --config \S+)* --config configs/methods/{re.escape(name)}", text)
     assert f"`{name.removesuffix('.yaml')}`" in (ROOT / "configs" / "README.md").read_text()
