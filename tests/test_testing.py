@@ -57,7 +57,14 @@ def test_broken_under_two_processes(cls):
     assert caught.value.check == "ddp"
 
 
-@pytest.mark.parametrize("cls", sound.SOUND, ids=lambda c: c.__name__)
+FEW = (sound.AdaptsOnly, sound.TwoPhases, sound.TeacherAndBank)  # they fill most hooks between them
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [c if c in FEW else pytest.param(c, marks=pytest.mark.slow) for c in sound.SOUND],
+    ids=lambda c: c.__name__,
+)
 def test_sound_plugin_passes(cls):
     report = check_plugin(cls, ddp=False)
     assert set(report.passed) == set(CHECKS) - {"ddp"}

@@ -164,6 +164,7 @@ def test_one_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert out.read_text() != before
 
 
+@pytest.mark.slow
 def test_several_runs_side_by_side(runs: Path, tmp_path: Path) -> None:
     page = made(runs / "plain" / "seed0", runs / "dann" / "seed0", "--out", tmp_path / "x.html", "--embedding", "pca")
     for words in ("2 runs", "model.plugins.align.hidden", "trainer.logger", "On the same 80 target images",
@@ -174,6 +175,7 @@ def test_several_runs_side_by_side(runs: Path, tmp_path: Path) -> None:
     assert sum("Confusion matrix" in a for a in alts) == 2
 
 
+@pytest.mark.slow
 def test_an_unlabelled_target_leaves_label_parts_out(runs: Path, tmp_path: Path) -> None:
     page = made(runs / "bare", "--out", tmp_path / "x.html", "--embedding", "none", "--checkpoint", "selected")
     assert page.text.count("The target has no labels") >= 4
