@@ -29,9 +29,9 @@ def anchor_labels(features: Tensor, probs: Tensor, mix: Tensor, share: float = 0
     """Labels ``[N]`` by the centroids of features that have moved towards the nearest confident anchor.
 
     Centroids of the classes by the probabilities label each sample. Anchors are samples that are confident by their
-    centroids or by their probabilities, in the ``share`` of the largest leads of either. Each feature f (of length 1, with
-    a column of ones) becomes ``mix f + (1 - mix) f_anchor`` with its nearest anchor but itself; the centroids of these by
-    the labels give the new ones. The authors' code walks from neighbour to neighbour until it meets an anchor.
+    centroids or by their probabilities, in the ``share`` of the largest leads of either. Each feature f (of length 1,
+    with a column of ones) becomes ``mix f + (1 - mix) f_anchor`` with its nearest anchor but itself; the centroids of
+    these by the labels give the new ones. The authors' code walks from neighbour to neighbour until it meets an anchor.
 
     Args:
         features: joined, ``[N, F]``; probs: ``[N, C]``; mix: ``[N]``.
@@ -79,7 +79,8 @@ class CAiDA(LabelledExperts):
         checkpoints, inputs, architectures: as in :class:`~uda_multisource.experts.Experts`.
         label_weight, relation_weight, entropy_weight: published 0.7, 0.01 and 1.
         share: of confident samples, by each of the two measures.
-        mix, spread: mean and standard deviation of a sample's own part when it moves to an anchor; published: 0.85, 0.15.
+        mix, spread: mean and standard deviation of a sample's own part when it moves to an anchor; published: 0.85 and
+            0.15.
     """
 
     def __init__(
