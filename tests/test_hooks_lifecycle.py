@@ -452,6 +452,25 @@ def test_before_evaluation_comes_once_and_first(trainer):
     assert not any(s["training"] or s["grad"] for s in rec.seen("before_evaluation"))
 
 
+def test_a_method_of_several_updates_a_batch_is_logged(trainer):
+    """By batches: steps of the optimiser come in pairs here, and pass over every second one."""
+
+    class Twice(uda.Plugin):
+        manual = True
+
+        @uda.hookimpl
+        def optimise(self, step, objectives):
+            for phase in "ab":
+                again = step.model.again(step)
+                step.model.manual_update(step.model.total(again), phase=phase)
+            return True
+
+    model, running = fit(trainer, {"twice": Twice()}, log_every_n_steps=2)
+    assert running.global_step == 2 * STEPS * EPOCHS
+    assert "train/classification" in running.callback_metrics
+    assert "train/loss" in running.callback_metrics
+
+
 def test_what_refresh_leaves_is_logged_later(trainer):
     class Tells(uda.Plugin):
         @uda.hookimpl

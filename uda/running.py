@@ -161,10 +161,19 @@ class FiniteCheck:
         )
 
 
+def logs_now(trainer: L.Trainer) -> bool:
+    """Whether this batch is logged.
+
+    By the count that loggers go by: batches with a step of the optimiser. ``global_step`` counts the steps, of which a
+    method by hand may take several a batch, and can pass over the interval for ever.
+    """
+    done = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+    return bool(trainer.fast_dev_run) or done % trainer.log_every_n_steps == 0
+
+
 def log_step(model: UDA, step: Step) -> None:
     """Objectives and diagnostics, at the trainer's logging interval only."""
-    trainer = model.trainer
-    if (trainer.global_step + 1) % trainer.log_every_n_steps and not trainer.fast_dev_run:
+    if not logs_now(model.trainer):
         for plugin in model.plugins.values():
             plugin.drop_diagnostics()
         return
@@ -179,8 +188,7 @@ def log_step(model: UDA, step: Step) -> None:
 
 def log_weights(model: UDA, weights: dict[str, Any]) -> None:
     """Weights that a combiner chose."""
-    trainer = model.trainer
-    if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+    if logs_now(model.trainer):
         model.log_dict({f"train/weight/{n}": torch.as_tensor(w).float() for n, w in weights.items()}, batch_size=1)
 
 
