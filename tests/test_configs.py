@@ -14,6 +14,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted(p.name for p in (ROOT / "configs" / "methods").glob("*.yaml"))
+#: less those that name files of the user; their methods are fitted in tests of the distribution
+COMPLETE = [n for n in OVERLAYS if "checkpoints: [" not in (ROOT / "configs" / "methods" / n).read_text()]
 CLASSES = {"office_home": 65, "pacs": 7}
 
 
@@ -124,7 +126,7 @@ def test_config_says_how_it_is_run(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", COMPLETE)
 def test_method_runs_on_digits(name, tmp_path, monkeypatch):
     from uda.cli import main
 
