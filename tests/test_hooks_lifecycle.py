@@ -465,7 +465,7 @@ def test_a_method_of_several_updates_a_batch_is_logged(trainer):
                 step.model.manual_update(step.model.total(again), phase=phase)
             return True
 
-    model, running = fit(trainer, {"twice": Twice()}, log_every_n_steps=2)
+    _, running = fit(trainer, {"twice": Twice()}, log_every_n_steps=2)
     assert running.global_step == 2 * STEPS * EPOCHS
     assert "train/classification" in running.callback_metrics
     assert "train/loss" in running.callback_metrics
