@@ -165,6 +165,28 @@ def test_prediction_by_both(make_step):
     assert MCD().predict(model, step.target) is None
 
 
+class Weighs(uda.Plugin):
+    """Takes the source's classification from the shared part."""
+
+    @uda.hookimpl
+    def weigh_objectives(self, objectives):
+        self.seen = list(objectives)
+        return {"classification": 0.0, "align/second": 0.0}
+
+
+def test_a_weigher_has_its_say_in_the_first_step(make_step, by_hand, monkeypatch):
+    monkeypatch.setattr("uda.running.log_weights", lambda *_: None)
+    plugin = MCDPhases(repeats=1, weight=0.0)
+    model, step = make_step({"align": plugin, "weigh": Weighs()}, bottleneck=5)
+    uda.objectives.collect(model, step)
+    before = [p.detach().clone() for p in model.bottleneck.parameters()]
+    by_hand(model, 0.3)
+    assert plugin.optimise(step, step.objectives)
+    assert model.plugins["weigh"].seen == ["classification", "align/second"]
+    for old, new in zip(before, model.bottleneck.parameters(), strict=True):
+        torch.testing.assert_close(new.detach(), old)
+
+
 def test_other_objectives_train_in_the_first_step(make_step, by_hand):
     plugin = MCDPhases(repeats=1)
     model, step = make_step({"align": plugin}, bottleneck=5)

@@ -103,9 +103,10 @@ class MCD(TwoClassifiers):
 class MCDPhases(MCD):
     """MCD in the three steps of the paper (Saito et al. 2018, section 3.3), each with a forward of its own.
 
-    A: all on the source (and with whatever other plugins add). B: the classifiers on the source and *for* discrepancy,
-    features fixed. C, ``repeats`` times: the features against discrepancy, classifiers fixed. All steps share the
-    model's optimiser, where the paper has one each for features and classifiers.
+    A: all on the source (and with whatever other plugins add, weighed where a plugin weighs objectives). B: the
+    classifiers on the source and *for* discrepancy, features fixed. C, ``repeats`` times: the features against
+    discrepancy, classifiers fixed. All steps share the model's optimiser, where the paper has one each for features and
+    classifiers.
 
     Args:
         repeats: times of step C a batch, the paper's n (4).
@@ -136,8 +137,8 @@ class MCDPhases(MCD):
     def optimise(self, step: uda.Step, objectives: uda.Objectives) -> bool:
         """Steps A, B and C."""
         model = step.model
-        name = f"{self.key}/discrepancy"
-        model.manual_update(sum(v.float() for k, v in objectives.items() if k != name), phase="source")
+        step.objectives.pop(f"{self.key}/discrepancy")  # the next two steps are for it; a weigher weighs the others
+        model.manual_update(model.total(step), phase="source")
         again = model.again(step, collect=False)
         with torch.no_grad():
             source, target = again.pooled("features"), again.target.features
