@@ -14,8 +14,6 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted(p.name for p in (ROOT / "configs" / "methods").glob("*.yaml"))
-#: less those that name files of the user; their methods are fitted in tests of the distribution
-COMPLETE = [n for n in OVERLAYS if "checkpoints: [" not in (ROOT / "configs" / "methods" / n).read_text()]
 CLASSES = {"office_home": 65, "pacs": 7}
 
 
@@ -126,7 +124,7 @@ def test_config_says_how_it_is_run(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPLETE)
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_method_runs_on_digits(name, tmp_path, monkeypatch):
     from uda.cli import main
 
@@ -162,7 +160,7 @@ def test_every_plugin_has_a_method_config():
     from uda.discovery import registry
 
     used = set()
-    for path in [*(ROOT / "configs" / "methods").glob("*.yaml"), *(ROOT / "configs").glob("*.yaml")]:
+    for path in [*(ROOT / "configs" / "methods").rglob("*.yaml"), *(ROOT / "configs").glob("*.yaml")]:
         plugins = yaml.safe_load(path.read_text())["model"].get("plugins") or {}
         used |= {registry().get(p["class_path"]) for p in plugins.values()}
     first_party = {f.cls for f in registry().plugins.values() if f.distribution.startswith("uda-")}
