@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import uda
-from uda.data import ClassSplit, DataModule, Datasets, Digits, Generated
+from uda.data import Arrays, ClassSplit, DataModule, Datasets, Digits, Generated
 from uda.data.class_splits import PUBLISHED
 from uda.data.domainnet_names import DOMAINNET
 from uda.data.settings import ClassCounts, as_split
+from uda.discovery import registry
 from uda.metrics.names import HEADLINES, LABEL_SETTINGS, MEASURES
 
 NAMES = [str(i) for i in range(10)]
@@ -167,3 +169,40 @@ def test_methods_are_refused_with_the_settings_that_they_serve(quiet_trainer):
     fit(quiet_trainer, {"u": Universal()}, setting="universal", **partial)
     fit(quiet_trainer, {"a": Closed()}, any_method=True, **partial)
     fit(quiet_trainer, {}, **wide)
+
+
+def universal_methods() -> list[str]:
+    """Methods for unknown classes that train with the source at hand."""
+    homes = ("uda-universal", "uda-openset")
+    found = registry().plugins.values()
+    return sorted(f.name for f in found if f.distribution in homes and "source-free" not in f.cls.settings)
+
+
+def private_labels_choose_no_weight(plugins, tmp_path, quiet_trainer):
+    """Train twice, the second time with the labels of the target-private samples exchanged."""
+    draw = np.random.default_rng(0)
+    y = {"a": np.arange(60) % 4, "b": np.concatenate([np.arange(40) % 3, np.full(10, 4), np.full(10, 5)])}
+    x = {d: draw.normal(size=(60, 6)).astype(np.float32) + 2 * np.eye(6)[y[d]] for d in y}
+    weights = []
+    for turn in range(2):
+        path = tmp_path / f"{turn}.npz"
+        np.savez(path, a_x=x["a"], b_x=x["b"], **{f"{d}_y": v for d, v in y.items()}, classes=np.array(list("stuvwx")))
+        classes = {"known": list("stu"), "source_private": ["v"], "target_private": list("wx")}
+        data = DataModule(Arrays(path, kind="features"), "a", "b", batch_size=8, epoch_steps=3, seed=0, classes=classes)
+        torch.manual_seed(0)
+        model = uda.UDA("mlp", plugins(), bottleneck=8)
+        quiet_trainer(max_epochs=2).fit(model, data)
+        weights.append({k: v.clone() for k, v in model.state_dict().items()})
+        y["b"][40:] = draw.permutation(y["b"][40:])  # private samples change places among the private classes
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+
+
+def test_private_labels_choose_no_weight(tmp_path, quiet_trainer):
+    private_labels_choose_no_weight(lambda: {"r": uda.Reject()}, tmp_path, quiet_trainer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", universal_methods())
+def test_private_labels_choose_no_weight_of(name, tmp_path, quiet_trainer):
+    private_labels_choose_no_weight(lambda: {"m": name}, tmp_path, quiet_trainer)
