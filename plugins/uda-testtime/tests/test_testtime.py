@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from uda_testtime import ETA, LAME, SAR, TENT, Adapter, BNStatistics, Guard, Source, lame
 from uda_testtime.streams import stream_order
-from uda_testtime.surgery import mix_statistics, restore_norms
+from uda_testtime.surgery import mix_statistics
 
 from uda.errors import UDAError
 
@@ -123,10 +123,11 @@ def test_statistics_mix_by_the_share_of_the_source():
     out = model[3](((h - mean) / (var + 1e-5).sqrt() * model[1].weight + model[1].bias).relu())
     assert torch.allclose(Adapter(model, BNStatistics(0.9))(x), out)
     assert torch.equal(Adapter(model, BNStatistics(1.0))(x), model(x))
-    layer = model[1]
-    assert mix_statistics(model, 0.0) == 1
-    restore_norms(model)
-    assert model[1] is layer
+    a = Adapter(model, Source())
+    layer = a.net[1]
+    assert mix_statistics(a, 0.0) == 1
+    assert a.net[1] is not layer
+    assert repr(a.export()) == repr(model)
 
 
 @pytest.mark.parametrize(

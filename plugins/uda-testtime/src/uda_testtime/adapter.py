@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,43 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from uda.errors import UDAError
+from uda_testtime import views
+from uda_testtime.checks import check_batch, check_model, check_optimizer
+from uda_testtime.method import Guard, Method
+from uda_testtime.prepared import Prepared
+from uda_testtime.surgery import replace_modules, undo
+
+__all__ = ["Adapter", "Guard", "Method"]
 
 
-class Method:
-    """What adapts. All that changes lives in the adapter, so that one object serves several."""
-
-    #: keeps nothing from batch to batch, so that several processes give the same results as one
-    averages = False
-
-    def attach(self, a: Adapter) -> None:
-        """Change ``a.net`` and name what is trained (:meth:`Adapter.train_parameters`), once before the stream."""
-
-    def predict(self, a: Adapter, x: Tensor) -> Tensor:
-        """The base prediction ``[B, C]``: without an update."""
-        return a.net(x)
-
-    def step(self, a: Adapter, x: Tensor) -> Tensor:
-        """Adapt to a batch; the logits ``[B, C]`` that count."""
-        return self.predict(a, x)
-
-
-@dataclass(frozen=True)
-class Guard:
-    """When to go back to the source: predictions of one class, parameters far away, or NaN.
-
-    Args:
-        window: samples looked at.
-        top_share: largest share of the window that one predicted class may have. A stream sorted by class has such
-            windows by nature: set 1 there.
-        drift: largest ``|theta - theta_0| / |theta_0|`` over the trained parameters.
-    """
-
-    window: int = 256
-    top_share: float = 0.9
-    drift: float = 1.0
-
-
-class Adapter:
+class Adapter(Prepared):
     """Adapt a copy of a classifier to a stream, batch by batch.
 
     Args:
@@ -57,6 +30,8 @@ class Adapter:
         head: name of the classifier layer, whose input are the features; None: the last Linear.
         guard: rolls back to the state before the stream; None: only a NaN does.
         updates_per_batch: budget: at most so many updates a batch, also a fraction (0.25: each fourth); None: no bound.
+        seed: of the method's random numbers.
+        mean, std: of the channels, with which inputs are normalised: augmented views work on pixels in [0, 1].
 
     Raises:
         UDAError: a compiled model, a model that lacks the layers which the method needs, several processes.
@@ -64,61 +39,119 @@ class Adapter:
 
     def __init__(
         self, model: nn.Module, method: Method, head: str | None = None, guard: Guard | None = None,
-        updates_per_batch: float | None = None,
+        updates_per_batch: float | None = None, seed: int = 0, mean: float | list[float] | None = None,
+        std: float | list[float] | None = None,
     ) -> None:  # fmt: skip
-        if hasattr(model, "_orig_mod"):
-            raise UDAError("Adapter: give the model itself, not the result of torch.compile: its layers are replaced.")
+        check_model(model)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not method.averages:
             raise UDAError(f"{type(method).__name__} would drift apart on several processes: use one.")
         self.net, self.method, self.guard = copy.deepcopy(model).eval().requires_grad_(False), method, guard
         linears = [n for n, m in self.net.named_modules() if isinstance(m, nn.Linear)]
         self.head = head or (linears[-1] if linears else None)
+        self.extra = nn.ModuleDict()  # what the method adds
         self.optimizer: torch.optim.Optimizer | None = None
         self.parameters: list[nn.Parameter] = []
         self.updates_per_batch, self._credit = updates_per_batch, 0.0
         self.batches = self.updates = self.rollbacks = 0
         self.state: dict[str, Any] = {}  # of the method: tensors and numbers
+        self.prepared: dict[str, Any] = {}  # of the method: constants of the stream
+        self.side: dict[str, Any] = {}
+        self.generator, self.scale = torch.Generator().manual_seed(seed), views.PixelScale(mean, std)
+        self._surgery: list[dict[str, nn.Module]] = []
         self._seen: deque[int] = deque(maxlen=guard.window if guard else 1)
         self._shape: tuple[int, ...] | None = None
+        self._fingerprint = self.fingerprint() if method.needs != "nothing" else ""
         method.attach(self)
+        self.ready = method.needs == "nothing"
         self._start = self.snapshot()
 
-    def train_parameters(self, parameters: list[nn.Parameter], optimizer: str, lr: float) -> None:
-        """Name what is trained: ``adam`` (0.9, 0.999) or ``sgd`` (momentum 0.9), no weight decay."""
-        self.parameters = [p.requires_grad_() for p in parameters]
-        if optimizer == "adam":
-            self.optimizer = torch.optim.Adam(self.parameters, lr=lr)
-        elif optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(self.parameters, lr=lr, momentum=0.9)
-        else:
-            raise UDAError(f"unknown optimizer {optimizer!r}: use adam or sgd.")
+    # ------------------------------------------------------------------------------ what a method works with
 
-    def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features ``[B, D]`` (the classifier's input) and logits ``[B, C]`` of one forward."""
+    def replace(self, pick: Callable[[nn.Module], bool], make: Callable[[nn.Module], nn.Module]) -> int:
+        """Put ``make(layer)`` in the place of each layer of the net that is picked; how many. Undone by ``export``."""
+        self._surgery.append(replace_modules(self.net, pick, make))
+        return len(self._surgery[-1])
+
+    def add(self, name: str, module: nn.Module, trained: bool = False) -> nn.Module:
+        """Take a module along in snapshots, as ``a.extra[name]``: a teacher, a projector; frozen unless ``trained``."""
+        reference = next(iter(self.net.parameters()), None)
+        module = module.to(reference.device) if reference is not None else module
+        self.extra[name] = module.eval().requires_grad_(trained)
+        return module
+
+    def copy(self) -> nn.Module:
+        """A frozen copy of the net as it is now."""
+        return copy.deepcopy(self.net).eval().requires_grad_(False)
+
+    def train_parameters(
+        self, parameters: list[nn.Parameter] | list[dict[str, Any]], optimizer: str, lr: float, **options: Any
+    ) -> None:
+        """Name what is trained; a second call replaces the first.
+
+        Args:
+            parameters: of the net and of added modules, or optimiser groups of them; optimizer: ``adam`` (0.9, 0.999),
+                ``adamw`` or ``sgd`` (momentum 0.9); lr: learning rate; **options: of the optimiser.
+        """
+        kind, defaults = check_optimizer(optimizer)
+        groups = [p if isinstance(p, dict) else {"params": [p]} for p in parameters]
+        for p in self.parameters:
+            p.requires_grad_(False)
+        self.parameters = [p.requires_grad_() for group in groups for p in group["params"]]
+        self.optimizer = kind(
+            parameters if parameters and isinstance(parameters[0], dict) else self.parameters,
+            lr=lr, **{**defaults, **options},
+        )  # fmt: skip
+
+    def features(self, x: Tensor, net: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Features ``[B, D]`` (the classifier's input) and logits ``[B, C]`` of one forward, also of a copy."""
         if self.head is None:
             raise UDAError("The model has no Linear: name its classifier by Adapter(head=...).")
-        kept: list[Tensor] = []
-        handle = self.net.get_submodule(self.head).register_forward_pre_hook(lambda m, args: kept.append(args[0]))
+        net, kept = net or self.net, []
+        handle = net.get_submodule(self.head).register_forward_pre_hook(lambda m, args: kept.append(args[0]))
         try:
-            logits = self.net(x)
+            logits = net(x)
         finally:
             handle.remove()
         return kept[-1], logits
 
-    def update(self, loss: Tensor) -> None:
-        """One optimiser step."""
+    def view(self, x: Tensor, make: views.Make | None = None) -> Tensor:
+        """An augmented view ``[B, ...]`` by the adapter's generator; ``make`` as in :func:`uda_testtime.views.view`."""
+        return views.view(x, self.scale, self.generator, make)
+
+    def rand_like(self, x: Tensor) -> Tensor:
+        """Uniform numbers in [0, 1) of the shape, type and device of ``x``."""
+        return torch.rand(x.shape, generator=self.generator, dtype=x.dtype).to(x.device)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of ``loss`` alone."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+
+    def optimizer_step(self) -> None:
+        """Step along the gradients there are."""
         self.optimizer.step()
         self.updates += 1
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def update(self, loss: Tensor) -> None:
+        """One optimiser step."""
+        self.backward(loss)
+        self.optimizer_step()
+
+    # ----------------------------------------------------------------------------------------- the stream
+
+    def __call__(self, x: Tensor, side: dict[str, Any] | None = None) -> Tensor:
         """Adapt to a batch ``[B, ...]``; detached logits ``[B, C]`` of the prediction that counts.
 
+        Args:
+            x: inputs; side: what comes beside them, for methods that say so.
+
         Raises:
-            UDAError: no sample, another shape than before, NaN or infinite inputs, float16 autocast.
+            UDAError: no sample, another shape than before, NaN or infinite inputs, float16 autocast, a method that was
+                not made ready.
         """
-        self._check(x)
+        self.check_ready()
+        self._shape = check_batch(x, self._shape)
+        self.side = side or {}
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone()  # an inference tensor cannot be trained on
             out = self.method.step(self, x).detach() if self._may_update() else self._plain(x)
@@ -143,18 +176,6 @@ class Adapter:
         self._credit -= 1
         return True
 
-    def _check(self, x: Tensor) -> None:
-        if len(x) == 0:
-            raise UDAError("Adapter: the batch is empty.")
-        if self._shape is not None and tuple(x.shape[1:]) != self._shape:
-            raise UDAError(f"Adapter: inputs of shape {tuple(x.shape[1:])} after {self._shape}: resize them alike.")
-        if not bool(torch.isfinite(x).all()):
-            raise UDAError("Adapter: the batch has NaN or infinite inputs. Remove or impute them.")
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
-            raise UDAError("Adapter: float16 autocast needs loss scaling, which there is none here: use bfloat16.")
-        self._shape = tuple(x.shape[1:])
-
     @torch.no_grad()
     def _bad(self, logits: Tensor) -> bool:
         if not bool(torch.isfinite(logits).all()) or any(not bool(torch.isfinite(p).all()) for p in self.parameters):
@@ -177,11 +198,13 @@ class Adapter:
         state = {
             "parameters": [p.detach().clone() for p in self.parameters],
             "buffers": {n: b.clone() for n, b in self.net.named_buffers()},
+            "extra": {n: v.clone() for n, v in self.extra.state_dict().items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()) if self.optimizer else None,
             "method": copy.deepcopy(self.state),
+            "generator": self.generator.get_state(),
         }
         counts = {n: getattr(self, n) for n in ("batches", "updates", "rollbacks", "_credit")}
-        return {**state, "counts": counts, "seen": list(self._seen)}
+        return {**state, "counts": counts, "seen": list(self._seen), "shape": list(self._shape or [])}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take a snapshot in."""
@@ -189,6 +212,8 @@ class Adapter:
         for name, value in state["counts"].items():
             setattr(self, name, value)
         self._seen = deque(state["seen"], maxlen=self._seen.maxlen)
+        self._shape = tuple(state["shape"]) or None
+        self.generator.set_state(state["generator"].cpu())
 
     @torch.no_grad()
     def _restore_weights(self, state: dict[str, Any]) -> None:
@@ -197,14 +222,22 @@ class Adapter:
             p.grad = None
         for name, buffer in self.net.named_buffers():
             buffer.copy_(state["buffers"][name])
+        self.extra.load_state_dict(state["extra"])
         if self.optimizer is not None:  # a copy: the optimiser would write into the snapshot
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.state = copy.deepcopy(state["method"])
 
     def reset(self) -> None:
-        """Parameters, buffers, optimiser, method state and counts as before the stream, bit for bit."""
+        """Parameters, buffers, optimiser, method state, generator and counts as before the stream, bit for bit."""
         self.restore(self._start)
 
     def reset_weights(self) -> None:
-        """Parameters, buffers, optimiser and method state as before the stream; counts go on."""
+        """Parameters, buffers, added modules, optimiser and method state as before the stream; the rest goes on."""
         self._restore_weights(self._start)
+
+    def export(self) -> nn.Module:
+        """A copy of the net with what was learned and without the surgery: layers are the kinds that the model has."""
+        net, surgery = copy.deepcopy((self.net, self._surgery))
+        for layers in reversed(surgery):
+            undo(net, layers)
+        return net.requires_grad_(True)

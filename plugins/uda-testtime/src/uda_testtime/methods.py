@@ -16,7 +16,7 @@ from uda_testtime.surgery import mix_statistics, norm_parameters
 class Source(Method):
     """No adaptation."""
 
-    averages = True
+    averages, scored = True, "the only one"
 
 
 class BNStatistics(Method):
@@ -27,7 +27,7 @@ class BNStatistics(Method):
             calls the share of the batch alpha.
     """
 
-    averages = True
+    averages, scored = True, "the only one"
 
     def __init__(self, source_weight: float = 0.0) -> None:
         if not 0 <= source_weight <= 1:
@@ -36,7 +36,7 @@ class BNStatistics(Method):
 
     def attach(self, a: Adapter) -> None:
         """Put the layers in."""
-        if not mix_statistics(a.net, self.source_weight):
+        if not mix_statistics(a, self.source_weight):
             raise UDAError("BNStatistics: the model has no BatchNorm below it with running statistics.")
 
 
@@ -57,7 +57,7 @@ class TENT(Method):
 
     def attach(self, a: Adapter) -> None:
         """Batch statistics, and an optimiser over scale and shift."""
-        mix_statistics(a.net, self.source_weight)
+        mix_statistics(a, self.source_weight)
         if not (parameters := norm_parameters(a.net)):
             raise UDAError("TENT: the model has no normalisation layer with scale and shift to train.")
         a.train_parameters(parameters, self.optimizer, self.lr)
@@ -105,7 +105,7 @@ class LAME(Method):
         k: neighbours; 0 leaves the classifier's prediction.
     """
 
-    averages = True
+    averages, scored = True, "the corrected output"
 
     def __init__(self, k: int = 5) -> None:
         self.k = k

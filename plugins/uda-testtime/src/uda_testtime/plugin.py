@@ -8,12 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 import uda
-from uda.errors import UDAError, check_choice
-from uda_testtime.adapter import Adapter, Guard
-from uda_testtime.methods import LAME, TENT, BNStatistics, Source
-from uda_testtime.reliable import ETA, SAR
-
-METHODS = {m.__name__: m for m in (Source, BNStatistics, TENT, ETA, SAR, LAME)}
+from uda.errors import UDAError
+from uda_testtime.adapter import Adapter
+from uda_testtime.method import Guard, Method
+from uda_testtime.registry import method_class
+from uda_testtime.source import SourceSamples
 
 
 class TestTime(uda.Plugin):
@@ -22,9 +21,13 @@ class TestTime(uda.Plugin):
     A copy of backbone, bottleneck and classifier adapts; the model keeps its weights. Each pass starts from the source.
 
     Args:
-        method: ``Source``, ``BNStatistics``, ``TENT``, ``ETA``, ``SAR`` or ``LAME``; arguments: of its constructor.
+        method: name of a method (``TENT``, ``BNStatistics``, ...; docs/methods/testtime.md) or class path of a
+            :class:`~uda_testtime.Method`; arguments: of its constructor.
         guard: arguments of :class:`~uda_testtime.Guard`; None: none.
-        updates_per_batch: of :class:`~uda_testtime.Adapter`.
+        updates_per_batch: of :class:`~uda_testtime.Adapter`; seed: of the method's random numbers.
+        prepared: file of :meth:`~uda_testtime.Adapter.save_prepared`, for methods that need source data once; None:
+            they are made ready with the data module's sources.
+        source_samples: at most so many of each source for that.
     """
 
     __test__ = False  # no test class, whatever its name
@@ -32,12 +35,12 @@ class TestTime(uda.Plugin):
 
     def __init__(
         self, method: str = "TENT", arguments: dict[str, Any] | None = None, guard: dict[str, float] | None = None,
-        updates_per_batch: float | None = None,
+        updates_per_batch: float | None = None, seed: int = 0, prepared: str | None = None, source_samples: int = 2000,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_choice("TestTime", "method", method, METHODS)
-        self.method = METHODS[method](**(arguments or {}))
+        self.method = method_class(method)(**(arguments or {}))
         self.guard, self.updates_per_batch = Guard(**guard) if guard is not None else None, updates_per_batch
+        self.seed, self.prepared, self.source_samples = seed, prepared, source_samples
         self.__dict__["live"] = None  # an adapter belongs to a pass, not to a checkpoint
 
     @uda.hookimpl
@@ -49,10 +52,40 @@ class TestTime(uda.Plugin):
     def adapt(self, model: uda.UDA, batch: uda.DomainBatch) -> Tensor:
         """Logits of the adapter; the batch with the pool's first sample starts a stream."""
         if self.live is None or (batch.index is not None and bool((batch.index == 0).any())):
-            if model.hooks.filled("transform_features"):
-                raise UDAError("TestTime: another plugin changes the features, which the adapted copy would not have.")
-            parts = OrderedDict((n, getattr(model, n)) for n in ("backbone", "bottleneck", "head"))
-            self.__dict__["live"] = Adapter(
-                nn.Sequential(parts), self.method, "head", self.guard, self.updates_per_batch
-            )
+            datamodule = getattr(model._trainer, "datamodule", None)
+            self.__dict__["live"] = adapter_of(
+                model, self.method, datamodule, prepared=self.prepared, source_samples=self.source_samples,
+                guard=self.guard, updates_per_batch=self.updates_per_batch, seed=self.seed,
+            )  # fmt: skip
         return self.live(batch.x)
+
+
+def adapter_of(
+    model: uda.UDA, method: Method, datamodule: Any = None, prepared: str | None = None, source_samples: int = 2000,
+    **options: Any,
+) -> Adapter:  # fmt: skip
+    """The adapter of a :class:`uda.UDA`, made ready: from a file, or with the data module's sources.
+
+    Args:
+        model: its backbone, bottleneck and head are copied; datamodule: gives sources and the scale of pixels.
+        prepared, source_samples: as in :class:`TestTime`; **options: of :class:`~uda_testtime.Adapter`.
+
+    Raises:
+        UDAError: a plugin that changes the features, or a method without what it needs.
+    """
+    if model.hooks.filled("transform_features"):
+        raise UDAError("TestTime: another plugin changes the features, which the adapted copy would not have.")
+    parts = OrderedDict((n, getattr(model, n)) for n in ("backbone", "bottleneck", "head"))
+    scale = getattr(datamodule, "views", None)
+    options |= {n: getattr(scale, n, None) for n in ("mean", "std")}
+    out = Adapter(nn.Sequential(parts), method, "head", **options)
+    sources = list(getattr(datamodule, "source_names", ()))
+    if method.needs == "nothing":
+        return out
+    if prepared:
+        out.load_prepared(prepared)
+    elif sources:
+        loaders = [datamodule.pool_dataloader(name) for name in sources]
+        out.prepare(SourceSamples.take(loaders, source_samples, labels=method.needs != "inputs"))
+    out.check_ready()
+    return out

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from uda.nn import full, no_autocast
+
+if TYPE_CHECKING:
+    from uda_testtime.adapter import Adapter
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -44,25 +50,43 @@ class MixedNorm(nn.Module):
         return out.to(x.dtype)
 
 
-def mix_statistics(net: nn.Module, source_weight: float) -> int:
-    """Put a :class:`MixedNorm` around each BatchNorm below ``net``, in place; how many there are."""
-    count = 0
-    for name, child in list(net.named_children()):
-        if isinstance(child, _BatchNorm) and child.running_mean is not None:
-            setattr(net, name, MixedNorm(child, source_weight))
-            count += 1
-        elif not isinstance(child, MixedNorm):
-            count += mix_statistics(child, source_weight)
-    return count
+def replace_modules(
+    net: nn.Module, pick: Callable[[nn.Module], bool], make: Callable[[nn.Module], nn.Module]
+) -> dict[str, nn.Module]:
+    """Put ``make(layer)`` in the place of each layer below ``net`` that is picked, in place.
+
+    Returns:
+        The layers as they were, by name: for :func:`undo`. A new layer is not searched.
+    """
+    found: dict[str, nn.Module] = {}
+
+    def walk(parent: nn.Module, prefix: str) -> None:
+        for name, child in list(parent.named_children()):
+            if pick(child):
+                found[prefix + name] = child
+                setattr(parent, name, make(child))
+            else:
+                walk(child, f"{prefix}{name}.")
+
+    walk(net, "")
+    return found
 
 
-def restore_norms(net: nn.Module) -> None:
-    """Take every :class:`MixedNorm` out again: the layers are the objects that they were."""
-    for name, child in list(net.named_children()):
-        if isinstance(child, MixedNorm):
-            setattr(net, name, child.norm)
-        else:
-            restore_norms(child)
+def undo(net: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Put the layers of one surgery back: they are the objects that they were."""
+    for name, layer in layers.items():
+        parent, _, last = name.rpartition(".")
+        setattr(net.get_submodule(parent), last, layer)
+
+
+def has_statistics(layer: nn.Module) -> bool:
+    """A BatchNorm with running statistics."""
+    return isinstance(layer, _BatchNorm) and layer.running_mean is not None
+
+
+def mix_statistics(a: Adapter, source_weight: float) -> int:
+    """A :class:`MixedNorm` around each BatchNorm of an adapter's net; how many there are."""
+    return a.replace(has_statistics, lambda layer: MixedNorm(layer, source_weight))
 
 
 def norm_parameters(net: nn.Module) -> list[nn.Parameter]:
