@@ -17,10 +17,13 @@ from uda.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = {p.stem: p for p in sorted((ROOT / "configs" / "bench").glob("*.yaml"))}
 BASIC = ["source_only", "dann", "cdan", "cdan_e", "mcc", "entropy", "information", "dann_mcc", "cdan_e_mcc"]
+SETTINGS = ("partial", "open", "universal")
 TASKS = {
     "amazon": 6, "digits": 4, "domainnet": 30, "imbalanced": 6, "office31": 6, "office_caltech": 6, "office_home": 12,
     "pacs_features": 6, "pacs_images": 6, "selection_digits": 4, "selection_office_caltech": 6, "visda": 1,
     "partial": 6, "open": 6, "universal": 6, "multisource": 9,
+    "digits_partial": 3, "digits_open": 3, "digits_universal": 3,
+    "office_caltech_partial": 6, "office_caltech_open": 6, "office_caltech_universal": 6,
 }  # fmt: skip
 IMAGES = {
     "office31": ["amazon", "dslr", "webcam"],
@@ -42,9 +45,9 @@ def test_suite_lists_its_runs(name, capsys, monkeypatch, tmp_path):
     assert suite.name == name
     if name.startswith("selection"):
         assert list(suite.methods) == BASIC
-    elif name in ("partial", "open", "universal"):  # methods that cope, and two that do not as a warning
+    elif (setting := name.rpartition("_")[2]) in SETTINGS:  # methods that cope, and two that do not as a warning
         assert set(suite.methods) >= {"source_only", "dann", "mcc"}
-        assert {r.config["data"]["setting"] for r in suite.runs()} == {name}
+        assert {r.config["data"]["setting"] for r in suite.runs()} == {setting}
     elif name not in ("imbalanced", "multisource"):  # studies of few methods
         assert set(suite.methods) >= set(BASIC)
         assert len(suite.methods) >= 40
