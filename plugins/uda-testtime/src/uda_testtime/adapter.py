@@ -37,6 +37,7 @@ class Adapter(Prepared):
         UDAError: a compiled model, a model that lacks the layers which the method needs, several processes.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self, model: nn.Module, method: Method, head: str | None = None, guard: Guard | None = None,
         updates_per_batch: float | None = None, seed: int = 0, mean: float | list[float] | None = None,
@@ -193,6 +194,7 @@ class Adapter(Prepared):
         gap = sum(float((p - q).square().sum()) for p, q in zip(self.parameters, start, strict=True))
         return gap**0.5 > self.guard.drift * max(sum(float(q.square().sum()) for q in start) ** 0.5, 1e-12)
 
+    @torch.inference_mode(False)
     def snapshot(self) -> dict[str, Any]:
         """All that a stream changes, for :meth:`restore` or ``torch.save``; a stream resumed from it goes on alike."""
         state = {
@@ -215,6 +217,7 @@ class Adapter(Prepared):
         self._shape = tuple(state["shape"]) or None
         self.generator.set_state(state["generator"].cpu())
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _restore_weights(self, state: dict[str, Any]) -> None:
         for p, q in zip(self.parameters, state["parameters"], strict=True):
