@@ -1,6 +1,6 @@
 """The two steps of source-free adaptation on real features: the ledger of docs/benchmarks/sourcefree.md.
 
-    python tests/benchmarks/sourcefree.py LEDGER.jsonl [--runs DIR] [--seeds 0 1 2]
+    python tests/benchmarks/sourcefree.py LEDGER.jsonl [--runs DIR] [--seeds 0 1 2] [--methods ...] [--suites ...]
 
 For each task and seed a model is trained on the source (weight-normalised classifier, label smoothing 0.1); each method
 then starts from its checkpoint and sees the target alone. What the ledger has is not made again. Data are read from
@@ -27,7 +27,7 @@ SUITES = {
     "pacs_features": ("pacs_efficientnet_lite0.npz", PACS),
     "office_caltech": ("office_caltech10.npz", SURF),
 }
-METHODS = ("shot", "nrc", "aad")
+METHODS = ("shot", "nrc", "aad", "notela")
 SOURCE = ["--model.head=weight_norm", "--model.label_smoothing=0.1"]
 QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--select_by=im"]
 
@@ -46,12 +46,15 @@ def main() -> None:
     parser.add_argument("ledger", type=Path)
     parser.add_argument("--runs", type=Path, default=None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--suites", nargs="+", default=list(SUITES), choices=list(SUITES))
     args = parser.parse_args()
     lines = args.ledger.read_text().splitlines() if args.ledger.exists() else []
     done = {json.loads(line)["key"] for line in lines}
     folder = args.runs or Path(tempfile.mkdtemp())
     for seed in args.seeds:
-        for suite, (file, domains) in SUITES.items():
+        for suite in args.suites:
+            file, domains = SUITES[suite]
             for s, t in ((s, t) for s in domains for t in domains if s != t):
                 task = f"{s}->{t}"
                 base = [
@@ -59,7 +62,7 @@ def main() -> None:
                     f"--data.reader.init_args.path={DATA / file}", f"--data.target={domains[t]}", *SOURCE,
                 ]  # fmt: skip
                 source = folder / suite / task.replace(">", "") / f"source{seed}"
-                for method in ("source_only", *METHODS):
+                for method in ("source_only", *args.methods):
                     key = f"{suite}/{task}/{method}/{seed}"
                     if key in done:
                         continue

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from uda_sourcefree import NRC, SHOT, AaD
+from uda_sourcefree import NOTELA, NRC, SHOT, AaD
 from uda_sourcefree.aad import dispersion
 from uda_sourcefree.neighbours import nearest
+from uda_sourcefree.notela import mutual, teacher_labels
 from uda_sourcefree.nrc import neighbour_agreement, reciprocity
 from uda_sourcefree.shot import centroid_labels
 
@@ -20,7 +21,10 @@ import uda
 from uda.cli import main
 from uda.testing import check_plugin, check_plugins_ddp
 
-CASES = [(SHOT, {"label_weight": 0.5}), (NRC, {"neighbours": 2, "expanded": 2}), (AaD, {"neighbours": 2, "beta": 1.0})]
+CASES = [
+    (SHOT, {"label_weight": 0.5}), (NRC, {"neighbours": 2, "expanded": 2}), (AaD, {"neighbours": 2, "beta": 1.0}),
+    (NOTELA, {"neighbours": 3}), (NOTELA, {"neighbours": 3, "mode": "offline", "trainable": "all"}),
+]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ equations
@@ -78,6 +82,56 @@ def test_neighbours_are_constants_and_the_sample_is_not():
     torch.testing.assert_close(p.grad, -s.sum(1) / 3)
 
 
+def test_notela_labels_maximise_its_objective():
+    """The closed form against a search of ``y . log p + lambda y . mean_j p_j + a H(y)`` on a grid of the simplex."""
+    draw = np.random.default_rng(2)
+    z, near = draw.normal(size=(3, 3)), draw.dirichlet(np.ones(3), (3, 4))
+    weight = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]], float)
+    strength, a = 1.7, 0.8
+    found = teacher_labels(*map(torch.tensor, (z, near, weight)), strength, a)
+    side = np.linspace(1e-4, 1, 400)
+    grid = np.array([(u, v, 1 - u - v) for u in side for v in side if u + v < 1])
+    for i in range(3):
+        p = np.exp(z[i]) / np.exp(z[i]).sum()
+        pull = sum(w * q for w, q in zip(weight[i], near[i], strict=True)) / max(weight[i].sum(), 1)
+        value = grid @ np.log(p) + strength * grid @ pull - a * (grid * np.log(grid)).sum(1)
+        np.testing.assert_allclose(found[i], grid[value.argmax()], atol=4e-3)
+
+
+def test_notela_neighbours_are_euclidean_and_mutual():
+    x = torch.tensor([[0.0, 0], [1, 0], [1.5, 0], [30, 30], [32, 32]])
+    near = nearest(x, x, 2, torch.arange(5), euclidean=True)
+    for i in range(5):
+        order = sorted((j for j in range(5) if j != i), key=lambda j: float((x[i] - x[j]).norm()))
+        assert near[i].tolist() == order[:2]
+    expected = [[float(i in near[j].tolist()) for j in near[i].tolist()] for i in range(5)]
+    assert mutual(near, near[near], torch.arange(5)).tolist() == expected
+    assert expected[3] == [1.0, 0.0]  # the far pair has each other, and nobody else has it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_notela_trains_what_it_says(handed_over, mode):
+    place, _ = handed_over
+    name = f"notela_{mode}"
+    plugin = {"class_path": "NOTELA", "init_args": {"mode": mode, "neighbours": 5}}
+    assert adapted(place, name, plugin, "--trainer.max_epochs=1") == 0
+    start = torch.load(place / "source.ckpt", weights_only=True)["state_dict"]
+    end = torch.load(place / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    moved = {k for k, v in start.items() if not torch.equal(v, end[k])}
+    norm = {f"bottleneck.net.1.{n}" for n in ("weight", "bias")}
+    statistics = {f"bottleneck.net.1.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
+    assert norm <= moved <= norm | statistics
+
+
+def test_notela_needs_something_to_train(handed_over):
+    place, _ = handed_over
+    model = uda.UDA("identity", {"refine": NOTELA()}, bottleneck=0, scores=[])
+    data = uda.DataModule(uda.data.Arrays(str(place / "target.npz"), kind="features"), None, "b", batch_size=16)
+    with pytest.raises(uda.UDAError, match="no BatchNorm to train"):
+        L.Trainer(max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False).fit(model, data)
+
+
 # ------------------------------------------------------------------------------------------------ the two steps
 
 
@@ -128,10 +182,13 @@ def adapted(place, name, plugin, *words):
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["SHOT", "NRC", "AaD"])
+ALL = {"NOTELA": {"init_args": {"trainable": "all"}}}
+
+
+@pytest.mark.parametrize("name", ["SHOT", "NRC", "AaD", "NOTELA"])
 def test_the_target_improves_without_the_source(handed_over, name):
     place, before = handed_over
-    assert adapted(place, name, {"class_path": name}) == 0
+    assert adapted(place, name, {"class_path": name, **ALL.get(name, {})}) == 0
     summary = json.loads((place / name / "summary.json").read_text())
     assert summary["source"] == []
     assert summary["target_accuracy"]["last"] > before + 0.02

@@ -11,17 +11,29 @@ from uda.nn import Bank, full, no_autocast
 
 
 @torch.no_grad()
-def nearest(queries: Tensor, memory: Tensor, k: int, without: Tensor | None = None, chunk: int = 2**24) -> Tensor:
+def nearest(
+    queries: Tensor,
+    memory: Tensor,
+    k: int,
+    without: Tensor | None = None,
+    chunk: int = 2**24,
+    euclidean: bool = False,
+) -> Tensor:
     """Rows of ``memory`` with the largest inner products, ``[B, k]``, in chunks of at most ``chunk`` products.
 
     Args:
         queries: ``[B, F]``; memory: ``[N, F]``; without: a row that is left out for each query ``[B]``.
+        euclidean: the smallest distances instead.
     """
     rows = max(1, chunk // max(len(memory), 1))
+    # |q - m|^2 = |q|^2 - 2 (q . m - |m|^2 / 2)
+    shift = full(memory).square().sum(1) / 2 if euclidean else None
     found = []
     for start in range(0, len(queries), rows):
         with no_autocast(queries):
             part = full(queries[start : start + rows]) @ full(memory).T
+            if shift is not None:
+                part -= shift
         if without is not None:
             part.scatter_(1, without[start : start + rows, None], -torch.inf)
         found.append(part.topk(k, dim=1).indices)
@@ -29,7 +41,7 @@ def nearest(queries: Tensor, memory: Tensor, k: int, without: Tensor | None = No
 
 
 class NeighbourMemory(uda.Plugin):
-    """Base: features of length 1 and class probabilities of each target sample, the last that were seen.
+    """Base: features (of length 1: ``keys``) and class probabilities of each target sample, the last that were seen.
 
     Filled from the whole target at the start of the run, then written for the batch after each step.
 
@@ -76,12 +88,16 @@ class NeighbourMemory(uda.Plugin):
 
     def _write(self, index: Tensor, features: Tensor, logits: Tensor) -> None:
         with no_autocast(features):
-            unit, probs = F.normalize(full(features), dim=1), full(logits).softmax(1)
-        self.memory.write(index, features=unit, probs=probs)
+            keys, probs = self.keys(features), full(logits).softmax(1)
+        self.memory.write(index, features=keys, probs=probs)
+
+    def keys(self, features: Tensor) -> Tensor:
+        """What the memory keeps of features ``[B, F]``: their direction."""
+        return F.normalize(full(features), dim=1)
 
     def around(self, step: uda.Step) -> tuple[Tensor, Tensor]:
         """Class probabilities of the batch ``[B, C]``, with gradient, and rows of its neighbours ``[B, K]``."""
         index, features, logits = step.target.index, step.target.features, step.target.logits
         with no_autocast(features):
-            unit = F.normalize(full(features.detach()), dim=1)
-            return full(logits).softmax(1), nearest(unit, self.memory.features, self.neighbours, index)
+            keys = self.keys(features.detach())
+            return full(logits).softmax(1), nearest(keys, self.memory.features, self.neighbours, index)
