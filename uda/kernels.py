@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from uda.errors import UDAError, check_choice
 from uda.nn.precision import full, no_autocast
@@ -169,3 +170,52 @@ def multi_kernel_mmd(
     bandwidth = mean_distance(distances) if bandwidth is None else bandwidth
     kernel = gaussian_kernel(distances, bandwidth, kernels, factor)
     return discrepancy(kernel, len(source), estimator, source_weight, target_weight)
+
+
+def contrastive_discrepancy(
+    source: Tensor, y: Tensor, target: Tensor, pseudo: Tensor, classes: int, kernels: int = 5, factor: float = 2.0
+) -> Tensor:
+    """Class-aware MMD within classes minus that between classes (Kang et al. 2019, equations 3 to 5).
+
+    ``CDD = mean_c D(c, c) - mean_{c != c'} D(c, c')`` with D(c, c') the (biased) squared MMD between the source
+    samples of class c and the target samples of class c', over the classes that both domains have in the batch. Each
+    pair of classes has kernels of its own width: the mean squared distance of the samples of the pair, a constant.
+
+    Args:
+        source: ``[n, F]`` with classes ``y`` ``[n]``; target: ``[m, F]`` with pseudo-labels ``pseudo`` ``[m]``. A
+            negative label leaves a sample out.
+        classes: C.
+        kernels, factor: number of kernels and ratio of their variances.
+
+    Returns:
+        Scalar; 0 (with a graph) where the domains have no class in common.
+    """
+    with no_autocast(source):
+        source, target = full(source), full(target)
+        both = [F.one_hot(labels.clamp_min(0), classes) * (labels >= 0)[:, None] for labels in (y, pseudo)]
+        a, b = (x.to(source.dtype) for x in both)  # memberships [n, C], [m, C]
+        active = (a.sum(0) > 0) & (b.sum(0) > 0)
+        a, b = a * active, b * active
+        ss, tt, st = squared_distances(source), squared_distances(target), squared_distances(source, target)
+        with torch.no_grad():  # width of the pair (c, c'), [C, C]
+            inner_s, inner_t = ((m.T @ d @ m).diagonal() for m, d in ((a, ss), (b, tt)))
+            number = a.sum(0)[:, None] + b.sum(0)[None, :]
+            total = inner_s[:, None] + inner_t[None, :] + 2 * a.T @ st @ b
+            width = (total / (number * number - number).clamp_min(1)).clamp_min(1e-12)
+            row, column = a.argmax(1), b.argmax(1)
+        share_s, share_t = a / a.sum(0).clamp_min(1), b / b.sum(0).clamp_min(1)
+
+        def within(distances: Tensor, members: Tensor, share: Tensor, widths: Tensor) -> Tensor:
+            """Mean kernel among the samples of class c, at the width of each pair: ``[C, C]``."""
+            kernel = gaussian_kernel(distances[:, :, None], widths[:, None, :], kernels, factor)
+            kernel = kernel * (members @ members.T)[:, :, None]
+            return torch.einsum("ic,ijk,jc->ck", share, kernel, share)
+
+        cross = share_s.T @ gaussian_kernel(st, width[row][:, column], kernels, factor) @ share_t
+        e1 = within(ss, a, share_s, width[row])
+        e2 = within(tt, b, share_t, width.T[column]).T
+        mmd = (e1 + e2 - 2 * cross) * (active[:, None] & active[None, :])
+        count = active.sum()
+        intra = mmd.diagonal().sum() / count.clamp_min(1)
+        inter = (mmd.sum() - mmd.diagonal().sum()) / (count * (count - 1)).clamp_min(1)
+        return intra - inter

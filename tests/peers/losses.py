@@ -23,12 +23,11 @@ from uda_adversarial.bsp import leading_energy
 from uda_adversarial.mcd import classifier_discrepancy
 from uda_adversarial.mdd import margin_disparity
 from uda_discrepancy.afn import stepwise_norm_loss
-from uda_discrepancy.can import contrastive_discrepancy
 from uda_discrepancy.coral import coral_loss
 from uda_selftraining.atdoc import sharpened
 from uda_selftraining.bnm import nuclear_norm
 
-from uda.kernels import multi_kernel_mmd
+from uda.kernels import contrastive_discrepancy, multi_kernel_mmd
 from uda.losses import RandomisedMap, entropy_weights, minimum_class_confusion
 from uda.nn import reverse_gradient
 

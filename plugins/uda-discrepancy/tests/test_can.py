@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from uda_discrepancy import CAN
-from uda_discrepancy.can import contrastive_discrepancy
 from uda_discrepancy.clustering import class_centres, spherical_kmeans
 
 import uda
+from uda.kernels import contrastive_discrepancy
 from uda.testing import check_plugin
 
 C, F = 4, 5
