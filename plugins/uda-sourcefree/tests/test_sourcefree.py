@@ -23,7 +23,7 @@ from uda.testing import check_plugin, check_plugins_ddp
 
 CASES = [
     (SHOT, {"label_weight": 0.5}), (NRC, {"neighbours": 2, "expanded": 2}), (AaD, {"neighbours": 2, "beta": 1.0}),
-    (NOTELA, {"neighbours": 3}), (NOTELA, {"neighbours": 3, "mode": "offline", "trainable": "all"}),
+    (NOTELA, {"neighbours": 3, "trainable": "all"}), (NOTELA, {"neighbours": 3, "mode": "offline", "trainable": "all"}),
 ]  # fmt: skip
 
 
