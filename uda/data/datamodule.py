@@ -247,6 +247,23 @@ class DataModule(L.LightningDataModule):
         pools = self.task[domain]
         return [pools.data.row_id(int(row)) for row in pools.eval.rows]
 
+    def pool_ids(self, domain: str) -> list[str]:
+        """Name of each row (path or number) of a domain's *training* pool, in the order of ``index``."""
+        pools = self.task[domain]
+        return [pools.data.row_id(int(row)) for row in pools.train.rows]
+
+    def samples(self, domain: str, positions: np.ndarray, seed: int, view: str = "train") -> dict[str, Any]:
+        """Chosen samples of a domain's training pool as a batch ``{"x", "index"}``, without labels.
+
+        For methods that pick samples themselves. The process that asks reads them.
+
+        Args:
+            positions: in the training pool ``[B]``; seed: of their augmentation; view: one of the transforms.
+        """
+        pools = self.task[domain]
+        dataset = self._feeds.dataset(pools, pools.train, {"x": view})
+        return dataset[Request(np.asarray(positions, dtype=np.int64), seed)]
+
     def setup(self, stage: str | None = None) -> None:
         """Read the domains and check everything that can be checked without a step."""
         self.task  # noqa: B018
