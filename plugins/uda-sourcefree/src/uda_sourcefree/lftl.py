@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Beta
@@ -120,7 +119,7 @@ class LFTL(uda.Plugin):
         if size and number > size:
             raise uda.UDAError(f"LFTL: a budget of {number} labels, but the target has {size} samples: ask for fewer.")
         if size and number < self.rounds:
-            raise uda.UDAError(f"LFTL: a budget of {number} labels of {size} samples does not do for {self.rounds} rounds.")
+            raise uda.UDAError(f"LFTL: a budget of {number} labels does not do for {self.rounds} rounds.")
         if self.memory is None:
             self.memory = Bank(max(number, 1), features=model.feature_dim)
             self.register_buffer("labels", torch.zeros(max(number, 1), dtype=torch.long))
@@ -182,8 +181,8 @@ class LFTL(uda.Plugin):
                     raise uda.UDAError(f"LFTL: {strange[0]!r} of round {turn} is no sample of {model.target_name!r}.")
                 if len(asked) != len(rows) or set(map(place.get, asked)) & set(self.chosen.tolist()):
                     raise uda.UDAError(
-                        f"LFTL: round {turn} asks for {len(rows)} new samples, the oracle was asked for {len(asked)} by "
-                        "a run with another budget or other rounds: name another file, or give the same settings."
+                        f"LFTL: round {turn} asks for {len(rows)} new samples, the oracle was asked for {len(asked)} "
+                        "by a run with another budget or other rounds: name another file, or give the same settings."
                     )
                 rows = [place[i] for i in asked]
             ids = [names[i] for i in rows]

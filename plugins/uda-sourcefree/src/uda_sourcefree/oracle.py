@@ -51,7 +51,7 @@ class SimulatedOracle(Oracle):
         wanted = set(ids)
         found = {row["id"]: row["label"].strip() for row in _rows(self.labels, ("id", "label")) if row["id"] in wanted}
         if lacking := [i for i in ids if not found.get(i)]:
-            raise UDAError(f"SimulatedOracle: {self.labels} has no label of {len(lacking)} samples, {lacking[0]!r} first.")
+            raise UDAError(f"SimulatedOracle: {self.labels} lacks labels: {len(lacking)}, {lacking[0]!r} first.")
         return found
 
 
