@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
 from uda.data import Arrays, DataModule, Datasets, ImageFolders, ImageLists, ImageViews
 from uda.plugin import DataNeeds
@@ -123,3 +124,15 @@ def test_a_torch_dataset_as_target_gives_no_label():
     assert set(batch["target"]) == {"x", "index"}
     assert set(batch["sources"]["source"]) == {"x", "index", "y"}
     assert Datasets(target=x).read("target").labels is None
+
+
+def test_samples_that_a_method_picks_carry_no_label(folders):
+    data = DataModule(ImageFolders(folders), "photo", "sketch", target_test_fraction=0.2, seed=1, views=VIEWS)
+    names = data.pool_ids("sketch")
+    batch = data.samples("sketch", np.array([2, 0]), seed=3, view="test")
+    assert set(batch) == {"x", "index"}
+    assert batch["index"].tolist() == [2, 0]
+    pool = {int(i): x for b in data.pool_dataloader("sketch") for i, x in zip(b["index"], b["x"], strict=True)}
+    assert len(names) == len(pool)
+    assert all(torch.equal(batch["x"][k], pool[i]) for k, i in enumerate((2, 0)))
+    assert set(names).isdisjoint(set(data.ids("sketch")))  # those of the evaluation

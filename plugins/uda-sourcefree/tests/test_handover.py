@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from pathlib import Path
+
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from uda_sourcefree.handover import class_gaussians, handover, main
+from uda_sourcefree.handover import class_gaussians, handover, main, parser
 
 import uda
 from uda.testing import TinyTask
@@ -124,3 +128,36 @@ def test_command(source, tmp_path, capsys):
     path, _, _ = source(48)
     assert main(["export-source", path, "-o", str(tmp_path / "h.pt")]) == 0
     assert "No sample of the source" in capsys.readouterr().out
+
+
+def test_commands_of_the_page(source, tmp_path, capsys):
+    """Those on the hand-over run as they stand there, with a checkpoint in the place of the page's."""
+    page = Path(__file__).resolve().parents[3] / "docs" / "methods" / "sourcefree.md"
+    lines = re.findall(r"^    uda (export-source .*)$", page.read_text(), re.M)
+    assert len(lines) == 2
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        assert parser().parse_args(words[1:]).output == Path("source.pt")
+    words = shlex.split(lines[0], comments=True)
+    words[1], words[3] = source(48)[0], str(tmp_path / "source.pt")
+    assert main(words) == 0
+    file = torch.load(tmp_path / "source.pt", weights_only=True)
+    assert file["contains"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bottleneck": 16}, "bottleneck of this run does not fit"),
+        ({"head": "weight_norm"}, "head of this run does not fit"),
+        ({"backbone": "identity"}, "backbone of this run does not fit"),
+        ({"class_names": ["a", "c", "b"]}, "trained on classes"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(source, tmp_path, given, message):
+    torch.save(handover(source(48)[0]), tmp_path / "h.pt")
+    arguments = {"backbone": uda.nn.MLP([8]), "bottleneck": 8, "init_from": str(tmp_path / "h.pt"), **given}
+    model = uda.UDA(arguments.pop("backbone"), {"refine": "SHOT"}, **arguments)
+    data = uda.DataModule(TinyTask(), target="target", batch_size=8, epoch_steps=1, seed=1)
+    with pytest.raises(uda.UDAError, match=message):
+        L.Trainer(max_epochs=1, num_sanity_val_steps=0, **QUIET).fit(model, data)

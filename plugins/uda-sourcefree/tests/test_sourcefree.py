@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from uda_sourcefree import NOTELA, NRC, SHOT, AaD
+from uda_sourcefree import GLC, LEAD, LFTL, NOTELA, NRC, SHOT, AaD
 from uda_sourcefree.aad import dispersion
 from uda_sourcefree.neighbours import nearest
 from uda_sourcefree.notela import mutual, teacher_labels
@@ -243,5 +243,8 @@ def test_other_plugins(cls, options):
 
 
 @pytest.mark.slow
-def test_under_two_processes():
-    check_plugins_ddp([(cls, {"init_args": options}) for cls, options in CASES])
+def test_under_two_processes(tmp_path):
+    (tmp_path / "labels.csv").write_text("id,label\n" + "".join(f"target/{i},{'abc'[i % 3]}\n" for i in range(48)))
+    oracle = {"class_path": "SimulatedOracle", "init_args": {"labels": str(tmp_path / "labels.csv")}}
+    more = [(GLC, {"neighbours": 3}), (LEAD, {"neighbours": 3}), (LFTL, {"budget": 6, "rounds": 2, "oracle": oracle})]
+    check_plugins_ddp([(cls, {"init_args": options}) for cls, options in [*CASES, *more]])

@@ -1,9 +1,11 @@
 """Source-free adaptation for uda: a source model and unlabelled target data are all there is."""
 
 from uda_sourcefree.aad import AaD
+from uda_sourcefree.glc import GLC
+from uda_sourcefree.lead import LEAD
 from uda_sourcefree.lftl import LFTL
 from uda_sourcefree.notela import NOTELA
 from uda_sourcefree.nrc import NRC
 from uda_sourcefree.shot import SHOT
 
-__all__ = ["LFTL", "NOTELA", "NRC", "SHOT", "AaD"]
+__all__ = ["GLC", "LEAD", "LFTL", "NOTELA", "NRC", "SHOT", "AaD"]

@@ -1,0 +1,178 @@
+"""GLC and LEAD: their equations in loops, what they tell apart, and rejection."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from uda_sourcefree import GLC, LEAD
+from uda_sourcefree.glc import cluster_means, one_against_all
+from uda_sourcefree.lead import decide, known_basis, parts, two_means
+from uda_sourcefree.universal import class_count
+
+import uda
+from uda.testing import check_plugin
+
+
+def blobs(n=40, classes=3, extra=1, width=8, noise=0.15, seed=0):
+    """Features of length 1 around orthogonal directions, the last ``extra`` of them unknown; probabilities; truth."""
+    draw = np.random.default_rng(seed)
+    y = np.repeat(np.arange(classes + extra), n)
+    f = np.eye(width)[y] + noise * draw.normal(size=(len(y), width))
+    f /= np.linalg.norm(f, axis=1, keepdims=True)
+    z = 4 * f[:, :classes]
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    return torch.tensor(f), torch.tensor(p), y
+
+
+def test_one_against_all_by_loops():
+    f, p, y = blobs(n=12)
+    x, q, clusters, rho = f.numpy(), p.numpy(), 4, 0.75
+    number = len(x) // clusters
+    prototypes, prior, negatives = [], [], []
+    for c in range(3):
+        order = sorted(range(len(x)), key=lambda i: -q[i, c])
+        mean = sum(x[i] for i in order[:number]) / number
+        prototypes.append(mean / np.linalg.norm(mean))
+        prior.append((1 - rho) * np.mean([q[i, c] for i in order[:number]]) + rho)
+        centres = cluster_means(torch.tensor(x[order[number:]]), clusters).numpy()
+        negatives.append([v / np.linalg.norm(v) for v in centres])
+    labels, unknown = one_against_all(f, p, clusters, rho)
+    for i, v in enumerate(x):
+        c = int(np.argmax([v @ u for u in prototypes]))
+        assert int(labels[i]) == c
+        assert bool(unknown[i]) == any(v @ prototypes[c] * prior[c] <= v @ u for u in negatives[c])
+    assert (labels.numpy() == y)[y < 3].mean() > 0.9
+    assert unknown.numpy()[y == 3].mean() > 0.9
+    assert unknown.numpy()[y < 3].mean() < 0.3
+
+
+def test_number_of_clusters():
+    f, _, _ = blobs(n=20, classes=4, extra=4, width=10)
+    assert class_count(f, 4, (0.5, 1.0, 2.0, 3.0)) == 8
+    assert class_count(f, 1, (0.25,)) == 2  # no candidate of two clusters or more
+
+
+def test_known_and_unknown_part():
+    torch.manual_seed(0)
+    w, f = torch.randn(3, 7, dtype=torch.double), torch.randn(5, 7, dtype=torch.double)
+    basis = known_basis(w)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(3, dtype=torch.double))
+    known, unknown = parts(f, basis)
+    for i in range(5):
+        a = np.linalg.lstsq(w.T.numpy(), f[i].numpy(), rcond=None)[0]  # projection by least squares
+        along = w.T.numpy() @ a
+        assert float(known[i]) == pytest.approx(np.linalg.norm(along), rel=1e-6)
+        assert float(unknown[i]) == pytest.approx(np.linalg.norm(f[i].numpy() - along), rel=1e-6)
+
+
+def test_two_means():
+    draw = np.random.default_rng(0)
+    u = torch.tensor(np.concatenate([draw.normal(0.2, 0.05, 300), draw.normal(0.7, 0.1, 200)]))
+    assert two_means(u) == pytest.approx((0.2, 0.7), abs=0.03)
+    assert two_means(torch.full((10,), 0.4)) == pytest.approx((0.4, 0.4), abs=1e-6)  # degenerate
+
+
+def test_decide_by_loops():
+    f, p, y = blobs(n=10, seed=2)
+    w = torch.eye(8, dtype=torch.double)[:3] + 0.1
+    basis = known_basis(w)
+    label, unknown, weight = decide(f, p, w, 4, basis)
+    x, q, number = f.numpy(), p.numpy(), len(f) // 4
+    u = parts(f, basis)[1].numpy()
+    top = [sorted(range(len(x)), key=lambda i: -q[i, c])[:number] for c in range(3)]
+    high = two_means(torch.tensor(u))[1]
+    for i, v in enumerate(x):
+        common = []
+        for c in range(3):
+            proto = np.mean([x[j] for j in top[c]], 0)
+            near = max(v @ proto / np.linalg.norm(proto), 0)
+            anchor = max(v @ w[c].numpy() / np.linalg.norm(w[c]), 0)
+            common.append(np.sqrt((1 - np.exp(-near)) * np.exp(anchor - 1)))
+        c = int(np.argmax(common))
+        base = np.mean([u[j] for j in top[c]])
+        threshold = base + common[c] * max(high - base, 0)
+        assert int(label[i]) == c
+        assert bool(unknown[i]) == (u[i] >= threshold)
+        expected = 1 - (1 + (u[i] - threshold) ** 2 / 1e-4) ** (-(1 + 1e-4) / 2)
+        assert float(weight[i]) == pytest.approx(expected, rel=1e-6)
+    assert unknown.numpy()[y == 3].mean() > 0.9
+    assert unknown.numpy()[y < 3].mean() < 0.3
+
+
+def test_rejection_by_entropy():
+    model = uda.UDA("identity", {"refine": GLC()}, bottleneck=0, num_classes=3, input_shape=[6])
+    batch = model.batch(torch.zeros(3, 6))
+    batch.views["x"].set_logits(torch.tensor([[9.0, 0, 0], [0.1, 0, 0], [0, 1.0, 0]]))
+    batch.views["x"]._features = torch.zeros(3, 6)
+    given = uda.Prediction(torch.tensor([0, 0, 1]), torch.ones(3))
+    found = GLC(threshold=0.95).reject(model, batch, given)
+    assert found.unknown.tolist() == [False, True, False]
+    batch.role = "source"
+    assert GLC().reject(model, batch, given) is None
+
+
+def test_bad_arguments():
+    for make in (
+        lambda: GLC(label_weight=-1.0), lambda: GLC(prior=2.0), lambda: GLC(threshold=1.5), lambda: GLC(shares=()),
+        lambda: LEAD(alpha=0.0), lambda: LEAD(target_classes=1), lambda: LEAD(recount=0),
+    ):  # fmt: skip
+        with pytest.raises(uda.UDAError):
+            make()
+    with pytest.raises(uda.UDAError, match="wider bottleneck"):
+        uda.UDA("identity", {"refine": LEAD()}, bottleneck=0, num_classes=6, input_shape=[6])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [GLC, LEAD])
+def test_plugin(cls):
+    check_plugin(cls, init_args={"neighbours": 3}, ddp=False)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+RUN = """
+import sys
+import lightning as L
+import torch
+import uda
+from uda.testing import TinyTask
+
+def run(processes, out):
+    torch.manual_seed(0)
+    data = uda.DataModule(TinyTask(), target="target", batch_size=16 // processes, epoch_steps=3, seed=1)
+    plugin = {"class_path": "GLC", "init_args": {"neighbours": 3, "target_classes": 3, "label_weight": 1.0}}
+    model = uda.UDA(
+        uda.nn.MLP([8], batch_norm=False), {"refine": plugin}, bottleneck=8, bottleneck_norm="layer", scores=[],
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1), schedule=uda.optim.Constant(),
+    )
+    trainer = L.Trainer(
+        max_epochs=2, limit_val_batches=0, num_sanity_val_steps=0, accelerator="cpu", devices=processes,
+        strategy="ddp" if processes > 1 else "auto", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )
+    trainer.fit(model, data)
+    torch.save(model.state_dict(), f"{out}{trainer.global_rank}.pt")
+
+if __name__ == "__main__":
+    run(int(sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_batch_of_both(tmp_path):
+    """Memories by sample index are equal bit for bit on both; weights are those of one process of twice the batch."""
+    (tmp_path / "run.py").write_text(RUN)
+    for processes in (1, 2):
+        command = [sys.executable, str(tmp_path / "run.py"), str(processes), str(tmp_path / f"of{processes}-")]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, first, second = (torch.load(tmp_path / f, weights_only=True) for f in ("of1-0.pt", "of2-0.pt", "of2-1.pt"))
+    for k, v in one.items():
+        torch.testing.assert_close(first[k], second[k], rtol=0, atol=0, msg=k)
+        torch.testing.assert_close(first[k], v, rtol=1e-4, atol=1e-5, msg=k)
