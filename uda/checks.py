@@ -9,6 +9,8 @@ from torch import nn
 
 from uda import running
 from uda.errors import UDAError, nearest
+from uda.selection.multilabel import MULTI_LABEL_SCORES
+from uda.selection.registry import SCORES
 
 if TYPE_CHECKING:
     from uda.module import UDA
@@ -20,7 +22,9 @@ _CHOICES = {
     "forward_mode": ("joint", "separate"),
     "gate_level": ("features", "bottleneck", "parameters"),
 }
-SPEC = ("num_classes", "class_names", "input_shape", "input_shapes", "sizes", "source_names", "target_name")
+SPEC = (
+    "num_classes", "class_names", "input_shape", "input_shapes", "sizes", "source_names", "target_name", "multi_label",
+)  # fmt: skip
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
@@ -95,6 +99,29 @@ def check_setting(model: UDA, datamodule: Any) -> None:
             )
 
 
+def check_multi_label(model: UDA) -> None:
+    """Refuse what cannot serve samples of several classes: plugins, heads, scores that choose.
+
+    Raises:
+        UDAError: with the name.
+    """
+    if not model.multi_label:
+        return
+    for key, plugin in model.plugins.items():
+        if "multi-label" not in plugin.settings:
+            raise UDAError(
+                f"Plugin {key!r} ({type(plugin).__name__}) does not serve multi-label data: it takes a softmax over "
+                "the classes, and here a sample may have several. `uda plugins` lists the settings of each method."
+            )
+    for callback in model.trainer.callbacks:
+        name = str(getattr(callback, "monitor", None) or "").removeprefix("guarded/").removeprefix("select/")
+        if name and name in SCORES and name not in MULTI_LABEL_SCORES:
+            raise UDAError(
+                f"Score {name!r} is of a softmax, and the data is multi-label: set select_by to one of "
+                f"{', '.join(MULTI_LABEL_SCORES)}."
+            )
+
+
 def check_sources(model: UDA) -> None:
     """Refuse a plugin that aligns with sources in a run that another plugin makes source-free.
 
@@ -121,6 +148,7 @@ def check_fit(model: UDA) -> None:
     """
     trainer = model.trainer
     check_setting(model, getattr(trainer, "datamodule", None))
+    check_multi_label(model)
     check_sources(model)
     for callback in trainer.callbacks:
         monitor = getattr(callback, "monitor", None)

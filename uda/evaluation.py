@@ -11,9 +11,11 @@ from torch import Tensor
 from uda import checks, running
 from uda.metrics.counts import ConfusionMetric, accuracy
 from uda.metrics.figures import TargetFigures
+from uda.metrics.multilabel import MultiLabelFigures
 from uda.metrics.names import oracle
 from uda.passes import DomainPool, PoolCollector
 from uda.plugin import Prediction
+from uda.selection.multilabel import MultiLabelScores
 from uda.selection.shared import SharedScores
 from uda.step import DomainBatch
 
@@ -72,26 +74,67 @@ class Evaluation:
         return out
 
 
+class MultiLabelEvaluation(Evaluation):
+    """The same where a sample may have several classes: average precisions in place of confusions."""
+
+    def __init__(self, model: UDA) -> None:
+        super().__init__(model)
+        self.figures: dict[tuple[str, str], MultiLabelFigures] = {}
+        self.scores = MultiLabelScores(model.num_classes, model.score_options.names).to(model.device)
+
+    def update(self, batch: DomainBatch, y: Tensor | None, rows: Tensor) -> None:
+        """Take in one batch; rows of ``y`` ``[B, C]`` that are -1 have no label."""
+        logits = batch.logits
+        y = torch.full_like(logits, -1) if y is None else y
+        found = self.figures.setdefault((batch.role, batch.name), MultiLabelFigures(logits.shape[1], logits.device))
+        found.update(logits.sigmoid(), y, rows)
+        if batch.role == "target":
+            self.scores.update(logits[rows])
+        if batch.name in self.collectors:
+            self.collectors[batch.name].add(batch.index[rows], batch.features[rows], logits[rows], y[rows])
+
+    def compute(self) -> dict[str, float]:
+        """All figures; those of a source are ``source_class_mean_ap`` and ``source_mean_ap``."""
+        out: dict[str, float] = {}
+        source: list[dict[str, float]] = []
+        for (role, _), figures in self.figures.items():
+            values = figures.compute()
+            if role == "source":
+                source.append(values)
+            else:
+                out |= {oracle(k): v for k, v in values.items()}
+        for name in source[0] if source else ():
+            out[f"source_{name}"] = sum(v[name] for v in source) / len(source)
+        out |= self.scores.compute()
+        self.pools = {name: c.pool(self.model) for name, c in self.collectors.items()}
+        return out
+
+
 class EvaluationLoop(L.LightningModule):
     """The validation, test and prediction hooks of :class:`uda.UDA`."""
 
     hooks: Any
+    multi_label: bool | None
     _evaluation: Evaluation | None = None
 
     def predict_batch(self, batch: DomainBatch) -> Prediction:
         """Labels, scores and unknown mask by the first plugin that predicts, or by the softmax; then ``reject``."""
         _, prediction = self.hooks.first("predict", model=self, batch=batch)
         if prediction is None:
-            score, label = batch.logits.softmax(1).max(1)
+            score, label = self.probabilities(batch.logits).max(1)
             prediction = Prediction(label, score)
         return self.hooks.chain("reject", "prediction", model=self, batch=batch, prediction=prediction)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Of the classes ``[B, C]``: a softmax; of each class by itself if multi-label."""
+        return logits.sigmoid() if self.multi_label else logits.softmax(1)
 
     def _start_evaluation(self) -> None:
         stage = "test" if self.trainer.testing else "val"
         if stage == "test":
             checks.check_adapt(self)
         self.hooks.all("before_evaluation", model=self)
-        self._evaluation = Evaluation(self)
+        self._evaluation = (MultiLabelEvaluation if self.multi_label else Evaluation)(self)
         self._eval_domains = running.eval_domains(self, stage)
         if stage == "val" and not self.trainer.sanity_checking:
             for name, role in self._eval_domains:
@@ -158,5 +201,5 @@ class EvaluationLoop(L.LightningModule):
         rows = self.owned_rows(batch["index"])
         out = {"index": batch["index"], "label": p.label, "score": p.score, "unknown": unknown}
         out["unknown_score"] = p.unknown_scores
-        out["probs"] = domain.logits.softmax(1)
+        out["probs"] = self.probabilities(domain.logits)
         return {k: v[rows] for k, v in out.items()}

@@ -47,6 +47,31 @@ def classification_loss(
     return loss.mean() if reduction == "mean" else loss
 
 
+def multi_label_loss(
+    logits: Tensor,
+    y: Tensor,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Binary cross-entropy of each class, mean over the classes; the rest as in :func:`classification_loss`.
+
+    Args:
+        logits: ``[B, C]``.
+        y: in [0, 1], ``[B, C]``: whether a sample has the class.
+        label_smoothing: e in ``(1 - e) y + e / 2``.
+    """
+    if y.shape != logits.shape:
+        raise UDAError(f"Multi-label targets have shape {tuple(y.shape)} but the logits {tuple(logits.shape)}.")
+    with no_autocast(logits):
+        logits = full(logits)
+        y = (1 - label_smoothing) * y.to(logits.dtype) + label_smoothing / 2
+        loss = F.binary_cross_entropy_with_logits(logits, y, reduction="none").mean(1)
+        if weight is not None:
+            loss = _same_shape(weight, loss) * loss
+    return loss.mean() if reduction == "mean" else loss
+
+
 def class_distributions(y: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Class ids ``[B]`` as one-hot rows ``[B, C]``; distributions ``[B, C]`` as they are."""
     return (F.one_hot(y.long(), classes) if y.ndim == 1 else y).to(dtype)

@@ -19,7 +19,7 @@ from uda.gate import Level
 from uda.hooks import Hooks, require_manual
 from uda.manual import ManualUpdates
 from uda.nn import Bottleneck, domain_context, domain_feature_size, make_backbone, make_head, use_channels_last
-from uda.optim import InverseDecay, Schedule, build_optimizer, build_scheduler, default_optimizer
+from uda.optim import InverseDecay, Schedule, build_optimizer, build_scheduler, default_optimizer, skeleton_groups
 from uda.plugin import DataNeeds, Plugin
 from uda.selection.shared import ScoreOptions
 from uda.step import DomainBatch, Step
@@ -49,8 +49,8 @@ class UDA(EvaluationLoop):
         compile_backbone: run the backbone through ``torch.compile``; ``channels_last``: images channels last.
         check_finite: stop at the first NaN or infinite objective, naming step, objective and plugin.
         scores, score_options: label-free scores (None: cheap ones), their cap, seed, thresholds (docs/selection.md).
-        num_classes, class_names, input_shape, input_shapes, sizes, source_names, target_name: filled in from the data
-            module; to be given only where there is none (input_shapes, by domain, only where domains differ).
+        num_classes, class_names, input_shape, input_shapes, sizes, source_names, target_name, multi_label: filled in
+            from the data module; to be given only where there is none (input_shapes only where domains differ).
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class UDA(EvaluationLoop):
         sizes: dict[str, int] | None = None,
         source_names: list[str] | None = None,
         target_name: str | None = None,
+        multi_label: bool | None = None,
     ) -> None:
         super().__init__()
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -105,7 +106,7 @@ class UDA(EvaluationLoop):
         self.num_classes, self.class_names = num_classes, class_names
         self.input_shape, self.input_shapes = input_shape, input_shapes
         self.sizes, self.source_names = dict(sizes or {}), list(source_names or [])
-        self.target_name = target_name or "target"
+        self.target_name, self.multi_label = target_name or "target", multi_label
         self.feature_dim: int | None = None
         self._pools: tuple[int, dict[str, Any]] = (-1, {})  # pools seen by the last evaluation, and when
         self._step: Step | None = None
@@ -152,23 +153,7 @@ class UDA(EvaluationLoop):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups by name: backbone, bottleneck, head, what plugins claim, and the rest of each plugin."""
-        groups: list[dict[str, Any]] = [
-            {"name": "backbone", "params": list(self.backbone.parameters()), "lr_scale": self._backbone_lr_scale},
-            {"name": "bottleneck", "params": list(self.bottleneck.parameters())},
-            {"name": "head", "params": list(self.head.parameters())},
-        ]
-        claimed: list[dict[str, Any]] = []
-        for key, found in self.hooks.each("param_groups", model=self):
-            claimed += [{"name": f"{key}.{i}", **g, "params": list(g["params"])} for i, g in enumerate(found)]
-        taken = {id(p) for g in claimed for p in g["params"]}
-        own = {id(p) for plugin in self.plugins.values() for p in plugin.parameters()}
-        for g in groups:  # a plugin may claim parameters of the skeleton (and then owns their rate)
-            g["params"] = [p for p in g["params"] if id(p) not in taken and id(p) not in own]
-        rest = [
-            {"name": key, "params": [p for p in plugin.parameters() if id(p) not in taken]}
-            for key, plugin in self.plugins.items()
-        ]
-        return groups + claimed + rest
+        return skeleton_groups(self)
 
     # ------------------------------------------------------------------------------------------- forward
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from uda import running
 from uda.errors import UDAError
 from uda.gate import Objectives
-from uda.losses import classification_loss
+from uda.losses import classification_loss, multi_label_loss
 from uda.step import DomainBatch, Step
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ def collect(model: UDA, step: Step) -> None:
     """
     objectives = step.objectives
     if step.sources:
+        loss_of = multi_label_loss if model.multi_label else classification_loss
         losses = {
-            n: classification_loss(b.logits, b.y, model.label_smoothing, b.weight) for n, b in step.sources.items()
+            n: loss_of(b.logits, b.y, model.label_smoothing, b.weight) for n, b in step.sources.items()
         }
         objectives["classification"] = step.domain_mean(losses)
     if (few := step.labelled) is not None:

@@ -148,6 +148,27 @@ def build_optimizer(
     return built
 
 
+def skeleton_groups(model: Any) -> list[dict[str, Any]]:
+    """Groups of :meth:`uda.UDA.parameter_groups`."""
+    groups: list[dict[str, Any]] = [
+        {"name": "backbone", "params": list(model.backbone.parameters()), "lr_scale": model._backbone_lr_scale},
+        {"name": "bottleneck", "params": list(model.bottleneck.parameters())},
+        {"name": "head", "params": list(model.head.parameters())},
+    ]
+    claimed: list[dict[str, Any]] = []
+    for key, found in model.hooks.each("param_groups", model=model):
+        claimed += [{"name": f"{key}.{i}", **g, "params": list(g["params"])} for i, g in enumerate(found)]
+    taken = {id(p) for g in claimed for p in g["params"]}
+    own = {id(p) for plugin in model.plugins.values() for p in plugin.parameters()}
+    for g in groups:  # a plugin may claim parameters of the skeleton (and then owns their rate)
+        g["params"] = [p for p in g["params"] if id(p) not in taken and id(p) not in own]
+    rest = [
+        {"name": key, "params": [p for p in plugin.parameters() if id(p) not in taken]}
+        for key, plugin in model.plugins.items()
+    ]
+    return groups + claimed + rest
+
+
 def build_scheduler(optimizer: Optimizer, schedule: Schedule, total_steps: int) -> LambdaLR:
     """A scheduler, stepped with the optimiser, whose rate follows ``schedule.factor(step / total_steps)``.
 

@@ -19,7 +19,7 @@ hookimpl = pluggy.HookimplMarker("uda")
 
 SETTINGS = (
     "closed", "partial", "open", "universal", "multi-source", "source-free", "test-time", "heterogeneous",
-    "semi-supervised",
+    "semi-supervised", "multi-label",
 )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Reject(Plugin):
         temperature: T of the energy.
     """
 
-    settings = SETTINGS
+    settings = tuple(s for s in SETTINGS if s != "multi-label")
     limit: Tensor
 
     def __init__(

@@ -68,7 +68,8 @@ class DomainBatch:
     Attributes:
         name: domain name; ``role``: ``"source"``, ``"target"``, ``"held_out"`` or ``"labelled"``.
         views: ``{"x": View, "weak": View, "strong": View}``, those that are loaded.
-        y: class ids ``[B]`` (or a distribution ``[B, C]`` after mixing); None on an unlabelled target.
+        y: class ids ``[B]`` (or a distribution ``[B, C]`` after mixing; multi-label: 0 or 1 ``[B, C]``); None on an
+            unlabelled target.
         index: position of each sample in its domain's training pool ``[B]``.
         weight: of each source sample in its classification ``[B]``, set in ``prepare_batch``: the objective is the mean
             over all B samples of weight times cross-entropy. None for 1.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from uda.data.domains import DomainData, TensorInputs
+from uda.data.multilabel import multi_hot
 from uda.data.readers import Reader, labels_by_name, natural_order
 from uda.errors import UDAError, nearest
 
@@ -38,6 +39,7 @@ class Arrays(Reader):
         classes_key: key of the class names.
         normalise: of features, by domain and without labels: ``l2`` rows to length 1, ``zscore`` features to
             mean 0 and variance 1 (usual for SURF), or ``none``.
+        multi_label: labels are 0 or 1 of shape [N, C], a column a class (docs/settings.md).
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Arrays(Reader):
         layout: Literal["auto", "channels_first", "channels_last"] = "auto",
         classes_key: str = "classes",
         normalise: Literal["none", "l2", "zscore"] = "none",
+        multi_label: bool = False,
     ) -> None:
         path = os.path.expanduser(str(path))
         if _FIELD not in path and _FIELD not in x_key:
@@ -64,7 +67,7 @@ class Arrays(Reader):
                 raise UDAError(f"Arrays: {name} {value!r} must be one of {', '.join(allowed)}")
         self.path = path
         self.x_key, self.y_key, self.classes_key = x_key, y_key, classes_key
-        self.kind, self.layout, self.normalise = kind, layout, normalise
+        self.kind, self.layout, self.normalise, self.multi_label = kind, layout, normalise, multi_label
 
     def domains(self) -> list[str]:
         """Names of the domains."""
@@ -83,16 +86,18 @@ class Arrays(Reader):
         x = _array(data[x_key], f"{x_key!r} in {path!r}")
         labels, names = None, []
         if y_key in data:
-            y = _flat(_array(data[y_key], f"{y_key!r} in {path!r}"))
+            y = _array(data[y_key], f"{y_key!r} in {path!r}")
+            y = y if self.multi_label else _flat(y)
             if len(y) != len(x):
                 raise UDAError(
                     f"{path!r}: {x_key!r} has {len(x)} rows but {y_key!r} has {len(y)}; "
                     "they must have equally many"
                 )
             given = _flat(np.asarray(data[self.classes_key])) if self.classes_key in data else None
-            labels, names = _named_labels(y, given, f"{y_key!r} in {path!r}")
+            labels, names = (multi_hot if self.multi_label else _named_labels)(y, given, f"{y_key!r} in {path!r}")
         _check_finite(x, x_key, path)
-        return DomainData(domain, TensorInputs(self._tensor(x, x_key), self.kind), labels, names)
+        inputs = TensorInputs(self._tensor(x, x_key), self.kind)
+        return DomainData(domain, inputs, labels, names, multi_label=self.multi_label)
 
     def _tensor(self, x: np.ndarray, key: str) -> Tensor:
         if self.kind == "images":
@@ -160,7 +165,7 @@ def _flat(y: np.ndarray) -> np.ndarray:
 
 def _named_labels(y: np.ndarray, given: np.ndarray | None, where: str) -> tuple[Tensor, list[str]]:
     if y.ndim != 1:
-        raise UDAError(f"labels {where} must be one a row, not shape {list(y.shape)}")
+        raise UDAError(f"labels {where} must be one a row, not shape {list(y.shape)}; of several: multi_label: true")
     if y.dtype.kind == "f":
         if not np.array_equal(y, np.round(y)):
             raise UDAError(f"labels {where} are not whole numbers")

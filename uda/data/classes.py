@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from uda.data.domains import DomainData
+from uda.data.multilabel import columns
 from uda.data.readers import natural_order
 from uda.errors import UDAError, nearest
 
@@ -55,9 +56,15 @@ class LabelSpace:
     unknown: tuple[str, ...] = ()
     split: bool = False
     source_private: tuple[str, ...] = ()
+    multi_label: bool = False
 
     def ids(self, data: DomainData) -> np.ndarray:
-        """Class id of each row, int64 [N]: C + j is the j-th unknown class, -1 no label or no part in the task."""
+        """Class id of each row, int64 [N]: C + j is the j-th unknown class, -1 no label or no part in the task.
+
+        Multi-label: 0 or 1 for each class, float32 [N, C], -1 without labels.
+        """
+        if self.multi_label:
+            return columns(data, self.class_names)
         if data.labels is None:
             return np.full(len(data), -1, dtype=np.int64)
         position = {name: i for i, name in enumerate(self.class_names)}
@@ -67,12 +74,14 @@ class LabelSpace:
 
     def source_rows(self, data: DomainData) -> np.ndarray:
         """Rows of a source that may be trained on: those of a known or source-private class."""
+        if self.multi_label:
+            return np.arange(len(data))
         ids = self.ids(data)
         return np.flatnonzero((ids >= 0) & (ids < len(self.class_names)))
 
     def target_rows(self, data: DomainData) -> np.ndarray:
         """Rows of the target: all; with a split those of a known or target-private class."""
-        if not self.split or data.labels is None:
+        if not self.split or data.labels is None or self.multi_label:
             return np.arange(len(data))
         allowed = (set(self.class_names) - set(self.source_private)) | set(self.unknown)
         table = np.array([name in allowed for name in data.class_names], dtype=bool)

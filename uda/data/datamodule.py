@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning as L
@@ -182,6 +183,8 @@ class DataModule(L.LightningDataModule):
                 self.keep,
                 self._setting,
             )
+            if self.multi_label and (self.labelled_target or self.sampling != "uniform"):
+                raise UDAError("multi-label data: leave data.labelled_target and data.sampling out")
             if self.labelled_target:
                 self._task = with_labelled_target(self._task, self.labelled_target, self.seed)
         return self._task
@@ -190,6 +193,11 @@ class DataModule(L.LightningDataModule):
     def setting(self) -> str:
         """``closed``, ``partial``, ``open`` or ``universal``; for evaluation and checks, never for a method."""
         return self.task.setting
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a sample may have several classes: ``y`` is then 0 or 1, float32 ``[B, C]``."""
+        return self.task.space.multi_label
 
     @property
     def num_classes(self) -> int:
@@ -228,7 +236,8 @@ class DataModule(L.LightningDataModule):
         """What a model must know of the data, in plain types; ``input_shapes`` only where domains differ."""
         shapes = self.input_shapes
         several = len(set(shapes.values())) > 1
-        return {
+        multi = {"multi_label": True} if self.multi_label else {}
+        return multi | {
             "num_classes": self.num_classes,
             "class_names": self.class_names,
             "input_shape": list(self.input_shape),
@@ -255,13 +264,15 @@ class DataModule(L.LightningDataModule):
     def samples(self, domain: str, positions: np.ndarray, seed: int, view: str = "train") -> dict[str, Any]:
         """Chosen samples of a domain's training pool as a batch ``{"x", "index"}``, without labels.
 
-        For methods that pick samples themselves. The process that asks reads them.
+        For methods that pick samples themselves. The process that asks reads them. One that cannot be read is an
+        error, whatever ``on_bad_image`` says.
 
         Args:
             positions: in the training pool ``[B]``; seed: of their augmentation; view: one of the transforms.
         """
         pools = self.task[domain]
-        dataset = self._feeds.dataset(pools, pools.train, {"x": view})
+        feeds = replace(self._feeds, on_bad_image="stop")  # another sample in its place would not be the chosen one
+        dataset = feeds.dataset(pools, pools.train, {"x": view})
         return dataset[Request(np.asarray(positions, dtype=np.int64), seed)]
 
     def setup(self, stage: str | None = None) -> None:

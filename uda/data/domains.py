@@ -160,9 +160,11 @@ class DomainData:
     Args:
         name: of the domain.
         inputs: rows without labels.
-        labels: int64 [N], ids into ``class_names``, or None for an unlabelled domain.
+        labels: int64 [N], ids into ``class_names``, or None for an unlabelled domain; multi-label: 0 or 1, float32
+            [N, C], a column a name.
         class_names: of this domain, in its own order.
         ids: a name for each row, for predictions: path or ``domain/row``. Empty: made from the row number.
+        multi_label: whether a row may have several classes.
     """
 
     name: str
@@ -170,6 +172,7 @@ class DomainData:
     labels: LongTensor | None
     class_names: list[str]
     ids: Sequence[str] = field(default_factory=list)
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         if len(self.inputs) == 0:

@@ -12,6 +12,7 @@ from torch import LongTensor
 from uda.data.classes import ClassSplit, LabelSpace, label_space, spelled
 from uda.data.domains import DomainData
 from uda.data.imbalance import kept
+from uda.data.multilabel import is_multi_label, multi_label_names
 from uda.data.readers import natural_order
 from uda.data.settings import ClassCounts, check_setting
 from uda.data.splits import split_by_class, split_by_index
@@ -24,7 +25,8 @@ class Pool:
 
     Args:
         rows: row of the domain at each pool position, int64 [N].
-        labels: class id at each pool position, int64 [N] (-1: none, C and above: unknown, an id for each such class).
+        labels: class id at each pool position, int64 [N] (-1: none, C and above: unknown, an id for each such class);
+            multi-label: float32 [N, C].
     """
 
     rows: np.ndarray
@@ -83,10 +85,13 @@ def source_pools(
 ) -> DomainPools:
     """Stratified pools of a source; with fraction 0 it is evaluated on its training pool."""
     ids, rows = space.ids(data), space.source_rows(data)
-    rows = rows[kept(data, space.class_names, keep or {})[rows]]
+    rows = rows[kept(data, space.class_names, keep)[rows]] if keep else rows
     if not len(rows):
         raise UDAError(f"source domain {data.name!r} has no image of a known or source-private class")
-    keep, back = split_by_class(ids[rows], fraction, seed, data.name)
+    if not space.multi_label:
+        keep, back = split_by_class(ids[rows], fraction, seed, data.name)
+    else:  # rows of several classes have no strata
+        keep, back = split_by_index(len(rows), fraction, seed, data.name, "split")
     train = _pool(rows[keep], ids)
     return DomainPools(data, False, train, _pool(rows[back], ids) if len(back) else train)
 
@@ -100,7 +105,7 @@ def target_pools(
 ) -> DomainPools:
     """Pools of the target in an order without labels; with fraction 0 both are one (transductive)."""
     ids, rows = space.ids(data), space.target_rows(data)
-    rows = rows[kept(data, space.class_names, keep or {})[rows]]
+    rows = rows[kept(data, space.class_names, keep)[rows]] if keep else rows
     if not len(rows):
         raise UDAError(f"target domain {data.name!r} has no image of a known or target-private class")
     order = data.inputs.order()
@@ -128,7 +133,11 @@ def make_task(
     names = natural_order(n for d in [*sources, target] if d.labels is not None for n in d.class_names)
     if split is not None:
         split = split.of(names) if isinstance(split, ClassCounts) else spelled(split, names)
-    space, keep = label_space(sources, target, split, allow_missing, setting), keep or {}
+    keep = keep or {}
+    if is_multi_label([*sources, target]):
+        space = LabelSpace(multi_label_names(sources, target, split, setting, keep), multi_label=True)
+    else:
+        space = label_space(sources, target, split, allow_missing, setting)
     setting = check_setting(setting, space.source_private, space.unknown)
     if stray := set(keep) - {d.name for d in [*sources, target]}:
         names = [d.name for d in [*sources, target]]

@@ -19,11 +19,15 @@ MEASURES = {
     "oscr": "OSCR",
     "known_accuracy": "Accuracy on known classes",
     "private_nmi": "NMI of clusters and target-private classes",
+    "class_mean_ap": "Class-mean average precision",
+    "mean_ap": "Mean average precision over samples",
     "outlier_share": "Share taken for classes that the target lacks",
 }
 
 #: The measure that stands for a run of the setting.
 HEADLINES = {"closed": "target_accuracy", "partial": "target_accuracy", "open": "h_score", "universal": "h_score"}
+#: The one of a multi-label run.
+MULTI_LABEL_HEADLINE = "class_mean_ap"
 
 
 def oracle(measure: str) -> str:

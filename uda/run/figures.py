@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-from uda.metrics.names import HEADLINES, MEASURES, oracle
+from uda.metrics.names import HEADLINES, MEASURES, MULTI_LABEL_HEADLINE, oracle
 
 
 def figures_of(trainer: L.Trainer, prefix: str = "") -> dict[str, float]:
@@ -32,6 +32,8 @@ def setting_of(datamodule: Any) -> dict[str, Any]:
     """``setting`` of the label sets and its ``headline`` measure; and what makes a run semi-supervised."""
     setting = getattr(datamodule, "setting", None)
     out = {"setting": setting, "headline": HEADLINES.get(setting, "target_accuracy")}
+    if getattr(datamodule, "multi_label", False):
+        out |= {"task": "multi-label", "headline": MULTI_LABEL_HEADLINE}
     if few := getattr(datamodule, "labelled_target", 0):
         out |= {"supervision": "semi-supervised", "labelled_target": few}
     return out
@@ -51,6 +53,7 @@ def print_table(summary: dict[str, Any]) -> None:
     source = ", ".join(summary["source"]) or "no source"
     few, setting = summary.get("labelled_target"), summary.get("setting")
     told = [] if setting in (None, "closed") else [setting]
+    told += [summary["task"]] if "task" in summary else []
     told += [f"semi-supervised: {few} labelled target samples a class"] if few else []
     suffix = f" ({', '.join(told)})" if told else ""
     table = Table(title=f"{source} -> {summary['target']}{suffix}", title_justify="left", title_style="bold")
