@@ -98,6 +98,18 @@ def test_notela_labels_maximise_its_objective():
         np.testing.assert_allclose(found[i], grid[value.argmax()], atol=4e-3)
 
 
+def test_notela_takes_each_class_by_itself():
+    """The multi-label labels are the single-label ones of "no" and "yes", class by class."""
+    torch.manual_seed(0)
+    z, near = torch.randn(3, 4, dtype=torch.float64), torch.rand(3, 2, 4, dtype=torch.float64)
+    weight = torch.tensor([[1.0, 1], [0, 0], [0, 1]], dtype=torch.float64)
+    found = teacher_labels(z, near, weight, 1.3, 0.7, multi_label=True)
+    for c in range(4):
+        two = torch.stack([torch.zeros(3), z[:, c]], 1).double()
+        others = torch.stack([1 - near[:, :, c], near[:, :, c]], 2)
+        torch.testing.assert_close(found[:, c], teacher_labels(two, others, weight, 1.3, 0.7)[:, 1])
+
+
 def test_notela_neighbours_are_euclidean_and_mutual():
     x = torch.tensor([[0.0, 0], [1, 0], [1.5, 0], [30, 30], [32, 32]])
     near = nearest(x, x, 2, torch.arange(5), euclidean=True)

@@ -53,7 +53,7 @@ class NeighbourMemory(uda.Plugin):
         super().__init__()
         if neighbours < 1:
             raise uda.UDAError(f"{type(self).__name__}: neighbours must be 1 or more, not {neighbours}.")
-        self.neighbours = neighbours
+        self.neighbours, self.multi_label = neighbours, False
         self.memory: Bank | None = None
 
     @uda.hookimpl
@@ -71,6 +71,7 @@ class NeighbourMemory(uda.Plugin):
         size = model.sizes.get(model.target_name, 0)
         if size and size <= self.neighbours + 1:
             raise uda.UDAError(f"{type(self).__name__}: {size} target samples have no {self.neighbours} neighbours.")
+        self.multi_label = bool(model.multi_label)
         if self.memory is None:
             self.memory = Bank(max(size, 1), features=model.feature_dim, probs=model.num_classes)
 
@@ -88,7 +89,8 @@ class NeighbourMemory(uda.Plugin):
 
     def _write(self, index: Tensor, features: Tensor, logits: Tensor) -> None:
         with no_autocast(features):
-            keys, probs = self.keys(features), full(logits).softmax(1)
+            keys, probs = self.keys(features), full(logits)
+            probs = probs.sigmoid() if self.multi_label else probs.softmax(1)
         self.memory.write(index, features=keys, probs=probs)
 
     def keys(self, features: Tensor) -> Tensor:

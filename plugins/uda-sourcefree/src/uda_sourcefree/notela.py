@@ -10,14 +10,19 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import uda
-from uda.losses import classification_loss
+from uda.losses import classification_loss, multi_label_loss
 from uda.nn import full, no_autocast
 from uda_sourcefree.neighbours import NeighbourMemory, nearest
 
 
 @torch.no_grad()
 def teacher_labels(
-    logits: Tensor, near_probs: Tensor, weight: Tensor, strength: float = 2.0, temperature: float = 1.0
+    logits: Tensor,
+    near_probs: Tensor,
+    weight: Tensor,
+    strength: float = 2.0,
+    temperature: float = 1.0,
+    multi_label: bool = False,
 ) -> Tensor:
     """``y_i ~ p_i^(1/a) exp(lambda/a * sum_j w_ij p_j / sum_j w_ij)``, normalised over the classes.
 
@@ -27,8 +32,12 @@ def teacher_labels(
     Args:
         logits: ``[B, C]``; near_probs: class probabilities of the neighbours ``[B, K, C]``; weight: 0 or 1 ``[B, K]``.
         strength: lambda; temperature: a.
+        multi_label: probabilities are of a sigmoid, and each class is a problem of the two classes "yes" and "no".
     """
     total = (weight[:, :, None] * near_probs).sum(1) / weight.sum(1, keepdim=True).clamp(min=1e-8)
+    if multi_label:  # the logit of "yes" against "no", whose neighbours say 1 - p
+        some = (weight.sum(1, keepdim=True) > 0).to(total.dtype)
+        return ((full(logits) + strength * (2 * total - some)) / temperature).sigmoid()
     return ((full(logits).log_softmax(1) + strength * total) / temperature).softmax(1)
 
 
@@ -42,7 +51,8 @@ class NOTELA(NeighbourMemory):
     """A student under dropout learns soft labels of a clean teacher that agrees with its neighbours.
 
     ``CE(y_i, h(dropout(f_i)))`` with ``y`` of :func:`teacher_labels`: the model itself without that dropout, and the
-    Euclidean neighbours of the features in the whole target. Start from the source's model: ``model.init_from``.
+    Euclidean neighbours of the features in the whole target. On multi-label data each class is a problem of two
+    classes, and the student's loss binary cross-entropy. Start from the source's model: ``model.init_from``.
 
     Args:
         neighbours: K; published: 15 (vision), 5 (audio). The authors' code counts the sample itself among them.
@@ -54,7 +64,7 @@ class NOTELA(NeighbourMemory):
         trainable: ``batch_norm``: scales and shifts of BatchNorm alone, as published; ``all``: the whole model.
     """
 
-    settings = ("closed", "partial", "source-free")
+    settings = ("closed", "partial", "source-free", "multi-label")
     search_space: ClassVar[dict[str, Any]] = {
         "neighbours": [5, 10, 15], "strength": (0.1, 4.0, "log"), "trainable": ["batch_norm", "all"],
     }  # fmt: skip
@@ -110,7 +120,10 @@ class NOTELA(NeighbourMemory):
         for rows in everyone.split(4096):  # [rows, K, K] and [rows, K, C] at a time
             weight = mutual(near[rows], near[near[rows]], rows) if self.mutual else torch.ones_like(near[rows]).float()
             probs = self.memory.probs[near[rows]]
-            self.labels[rows] = teacher_labels(pool.logits[rows], probs, weight, self.strength, self.temperature)
+            self.labels[rows] = self._teach(pool.logits[rows], probs, weight)
+
+    def _teach(self, logits: Tensor, near_probs: Tensor, weight: Tensor) -> Tensor:
+        return teacher_labels(logits, near_probs, weight, self.strength, self.temperature, self.multi_label)
 
     @uda.hookimpl
     def pseudo_label(self, step: uda.Step) -> uda.PseudoLabels:
@@ -127,7 +140,7 @@ class NOTELA(NeighbourMemory):
                 flat = near.flatten()
                 theirs = nearest(memory.features[flat], memory.features, k, flat, euclidean=True)
                 weight = mutual(near, theirs.view(*near.shape, k), index)
-            labels = teacher_labels(logits, memory.probs[near], weight, self.strength, self.temperature)
+            labels = self._teach(logits, memory.probs[near], weight)
         self.log_later(neighbours=weight.sum(1).mean(), confidence=labels.amax(1).mean())
         return uda.PseudoLabels(labels.argmax(1), soft=labels)
 
@@ -135,7 +148,8 @@ class NOTELA(NeighbourMemory):
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
         """The student, under dropout."""
         logits, labels = step.model.head(F.dropout(step.target.features, self.dropout)), step.target.pseudo
-        return {"student": classification_loss(logits, labels.y if labels.soft is None else labels.soft)}
+        loss = multi_label_loss if self.multi_label else classification_loss
+        return {"student": loss(logits, labels.y if labels.soft is None else labels.soft)}
 
 
 def _freeze_all_but(model: nn.Module, kept: list[nn.Module]) -> None:
