@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +97,18 @@ def raw_inputs(model: UDA, name: str) -> Tensor:
     return gather_domain(model.sizes[name], torch.cat(index), torch.cat(rows))
 
 
+@contextmanager
+def evaluating(model: UDA) -> Iterator[None]:
+    """All parts in evaluation mode, and afterwards each in the mode that it was in."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 @torch.no_grad()
 def walk(model: UDA, name: str, role: str, loader: Any) -> DomainPool:
     """Pass the whole pool of a domain through the model in evaluation mode, without touching any random state.
@@ -105,9 +119,7 @@ def walk(model: UDA, name: str, role: str, loader: Any) -> DomainPool:
 
     trainer = model.trainer
     collector = PoolCollector(name, role, model.sizes[name])
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in loader:
             batch = trainer.strategy.batch_to_device(batch, model.device)
             rows = model.owned_rows(batch["index"])
@@ -116,7 +128,4 @@ def walk(model: UDA, name: str, role: str, loader: Any) -> DomainPool:
                 features, logits = domain.features, domain.logits
             y = batch.get("y")
             collector.add(batch["index"][rows], features[rows], logits[rows], None if y is None else y[rows])
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return collector.pool(model)
