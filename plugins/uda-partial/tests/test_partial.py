@@ -202,6 +202,16 @@ def test_the_side_task_goes_with_the_weights_in_a_partial_setting():
             checks.check_setting(spread, SimpleNamespace(setting="partial"))
 
 
+def test_the_self_supervised_variant_serves_the_setting():
+    from uda import checks
+
+    overlays = Path(__file__).resolve().parents[3] / "configs" / "methods"
+    plugins = yaml.safe_load((overlays / "pada_rotation.yaml").read_text())["model"]["plugins"]
+    model = uda.UDA("small_cnn", plugins, bottleneck=8, num_classes=3, input_shape=[1, 8, 8], sizes={"target": 4})
+    checks.check_setting(model, SimpleNamespace(setting="partial"))
+    assert [type(p).__name__ for p in model.plugins.values()] == ["PADA", "Rotation", "EntropyMinimisation"]
+
+
 # ------------------------------------------------------------------------------------------------ lifecycle
 
 
