@@ -51,6 +51,11 @@ def joined(
     return out
 
 
+def moved(start: State, change: State, counters: State) -> State:
+    """``start + change``; entries that are no floats (BatchNorm's counters) are those of ``counters``."""
+    return {k: v + change[k] if k in change else counters[k] for k, v in start.items()}
+
+
 def flat(update: State) -> Tensor:
     """All entries in one vector, float64."""
     return torch.cat([u.double().flatten() for u in update.values()])

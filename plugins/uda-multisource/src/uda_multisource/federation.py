@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from uda.errors import UDAError, check_choice
 from uda.losses import classification_loss
-from uda_multisource.aggregation import RULES, State, auto_beta, difference, joined
+from uda_multisource.aggregation import RULES, State, auto_beta, difference, joined, moved
 
 Batch = tuple[Tensor, Tensor]
 Batches = Callable[[], Iterator[Batch]]
@@ -92,7 +92,7 @@ class Federation:
             self._auto(start, updates, steps) if isinstance(self.beta, str) else [float(self.beta)] * len(updates)
         )
         change = joined(target, updates, shares, weights, self.rule)
-        self.net.load_state_dict({k: start[k] + change[k] if k in change else end[k] for k in start})
+        self.net.load_state_dict(moved(start, change, end))
         self.betas.append(weights)
         return weights
 
