@@ -49,6 +49,14 @@ def array_file(path: Path, reader: dict, widths: dict[str, int]) -> None:
     np.savez(path, **out)
 
 
+def text_files(folder: Path, domains: list[str]) -> None:
+    """A .jsonl a domain: a word for each class, and one for the domain."""
+    folder.mkdir()
+    for d in domains:
+        lines = [json.dumps({"text": f"subject{i % 6} in {d}", "label": f"class_{i % 6}"}) for i in range(60)]
+        (folder / f"{d}.jsonl").write_text("\n".join(lines))
+
+
 def stand_in(config: dict, name: str, folder: Path) -> list[str]:
     """Overrides that put generated data of the same layout in the place of the real data."""
     data = config["data"]
@@ -62,6 +70,9 @@ def stand_in(config: dict, name: str, folder: Path) -> list[str]:
             f"--data.reader.init_args.root={folder / 'images'}", "--data.views.init_args.size=32",
             "--data.views.init_args.resize=36", "--data.batch_size=4", "--data.num_workers=0",
         ]  # fmt: skip
+    if kind == "Texts":
+        text_files(folder / "texts", domains)
+        return [f"--data.reader.init_args.path={folder / 'texts'}/{{domain}}.jsonl"]
     if kind == "Arrays":
         backbones = {}
         if data.get("heterogeneous"):  # a backbone of its own input size for each role
