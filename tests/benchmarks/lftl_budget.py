@@ -31,7 +31,8 @@ BUDGETS, SAMPLING = (0.01, 0.05, 0.1), ("random", "margin", "contrastive")
 CLASSES = np.load(FILE)["classes"].tolist()
 WORDS = [
     f"--data.reader.init_args.path={FILE}", "--model.head=weight_norm", "--model.label_smoothing=0.1",
-    "--trainer.logger=false", "--trainer.enable_progress_bar=false",
+    "--trainer.logger=false", "--trainer.enable_progress_bar=false", "--select_by=im",
+    "--trainer.check_val_every_n_epoch=10",
 ]  # fmt: skip
 BASE = ["--config", str(ROOT / "configs" / "pacs_features_source_only.yaml"), *WORDS]
 OVERLAY = str(ROOT / "configs" / "methods" / "active" / "lftl.yaml")

@@ -27,7 +27,8 @@ BASE = [
     "--config", str(ROOT / "configs" / "pacs_features_source_only.yaml"), f"--data.reader.init_args.path={FILE}",
     "--model.head=weight_norm", "--model.label_smoothing=0.1", "--data.setting=universal",
     "--data.classes={known: 3, source_private: 2, target_private: 2}", "--data.any_method=true",
-    "--trainer.logger=false", "--trainer.enable_progress_bar=false",
+    "--trainer.logger=false", "--trainer.enable_progress_bar=false", "--select_by=im",
+    "--trainer.check_val_every_n_epoch=10",
 ]  # fmt: skip
 METHODS = {"source_only": ["reject"], "shot": ["shot", "reject"], "glc": ["glc"], "lead": ["lead"]}
 MEASURES = ("h_score", "os_star", "unk", "auroc")
