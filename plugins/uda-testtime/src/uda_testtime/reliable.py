@@ -44,8 +44,12 @@ class ETA(TENT):
                 kept = p[keep].mean(0)
                 a.state["mean"] = kept if mean is None else 0.9 * mean + 0.1 * kept
         if keep.any():
-            a.update(self.weight * ((limit - h[keep]).exp().detach() * h[keep]).mean())
+            a.update(self.weight * ((limit - h[keep]).exp().detach() * h[keep]).mean() + self.penalty(a))
         return logits
+
+    def penalty(self, a: Adapter) -> Tensor | float:
+        """What holds the parameters: nothing."""
+        return 0.0
 
 
 class SAR(TENT):
