@@ -314,10 +314,15 @@ class DataModule(L.LightningDataModule):
         """A loader of the target."""
         return self._eval_loaders("predict")
 
-    def pool_dataloader(self, domain: str) -> ShardedLoader:
-        """One pass over a domain's whole training pool in index order, test view; ``y`` for sources only."""
+    def pool_dataloader(self, domain: str, views: Views | None = None) -> ShardedLoader:
+        """One pass over a domain's whole training pool in index order, test view; ``y`` for sources only.
+
+        Args:
+            views: other transforms than the run's, for a second network.
+        """
         pools = self.task[domain]
-        return self._feeds.sharded(pools, pools.train, self.eval_batch_size, labelled=not pools.is_target)
+        feeds = self._feeds if views is None else replace(self._feeds, views=views)
+        return feeds.sharded(pools, pools.train, self.eval_batch_size, labelled=not pools.is_target)
 
     def pool_is_eval(self, domain: str) -> bool:
         """Whether the evaluation loader of a domain walks its training pool, with the same indices."""

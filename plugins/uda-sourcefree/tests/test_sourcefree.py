@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from uda_sourcefree import GLC, LEAD, LFTL, NOTELA, NRC, SHOT, AaD
+from uda_sourcefree import GLC, LEAD, LFTL, NOTELA, NRC, SHOT, AaD, CoLearn
 from uda_sourcefree.aad import dispersion
+from uda_sourcefree.colearn import centroid_probs, match_or_conf
 from uda_sourcefree.neighbours import nearest
 from uda_sourcefree.notela import mutual, teacher_labels
 from uda_sourcefree.nrc import neighbour_agreement, reciprocity
@@ -24,6 +25,7 @@ from uda.testing import check_plugin, check_plugins_ddp
 CASES = [
     (SHOT, {"label_weight": 0.5}), (NRC, {"neighbours": 2, "expanded": 2}), (AaD, {"neighbours": 2, "beta": 1.0}),
     (NOTELA, {"neighbours": 3, "trainable": "all"}), (NOTELA, {"neighbours": 3, "mode": "offline", "trainable": "all"}),
+    (CoLearn, {}),
 ]  # fmt: skip
 
 
@@ -96,6 +98,34 @@ def test_notela_labels_maximise_its_objective():
         pull = sum(w * q for w, q in zip(weight[i], near[i], strict=True)) / max(weight[i].sum(), 1)
         value = grid @ np.log(p) + strength * grid @ pull - a * (grid * np.log(grid)).sum(1)
         np.testing.assert_allclose(found[i], grid[value.argmax()], atol=4e-3)
+
+
+def test_colearn_by_loops():
+    draw = np.random.default_rng(3)
+    g, w = draw.normal(size=(12, 5)), draw.random((12, 4))
+    w[:, 3] = 0  # a class without weight
+    found = centroid_probs(torch.tensor(g), torch.tensor(w), 0.3)
+    for i in range(12):
+        value = []
+        for c in range(3):
+            centre = sum(w[j, c] * g[j] for j in range(12)) / w[:, c].sum()
+            value.append(np.exp(g[i] @ centre / np.linalg.norm(g[i]) / np.linalg.norm(centre) / 0.3))
+        np.testing.assert_allclose(found[i], [v / sum(value) for v in value] + [0.0], rtol=1e-6)
+
+
+def test_match_or_conf_in_all_cases():
+    def row(label, sure):
+        high, low = (0.9, 0.05) if sure else (0.4, 0.3)
+        return [high if c == label else low for c in range(3)]
+
+    cases = [  # label and sureness of both branches; the label, and whether it counts
+        ((0, True), (0, True), 0, True), ((1, False), (1, False), 1, True), ((0, True), (1, False), 0, True),
+        ((0, False), (1, True), 1, True), ((0, True), (1, True), 0, False), ((0, False), (1, False), 0, False),
+    ]  # fmt: skip
+    first, second = (torch.tensor([row(*c[i]) for c in cases]) for i in (0, 1))
+    labels, kept = match_or_conf(first, second, 0.5)
+    assert labels.tolist() == [c[2] for c in cases]
+    assert kept.tolist() == [c[3] for c in cases]
 
 
 def test_notela_takes_each_class_by_itself():
@@ -197,7 +227,7 @@ def adapted(place, name, plugin, *words):
 ALL = {"NOTELA": {"init_args": {"trainable": "all"}}}
 
 
-@pytest.mark.parametrize("name", ["SHOT", "NRC", "AaD", "NOTELA"])
+@pytest.mark.parametrize("name", ["SHOT", "NRC", "AaD", "NOTELA", pytest.param("CoLearn", marks=pytest.mark.slow)])
 def test_the_target_improves_without_the_source(handed_over, name):
     place, before = handed_over
     assert adapted(place, name, {"class_path": name, **ALL.get(name, {})}) == 0
@@ -207,7 +237,7 @@ def test_the_target_improves_without_the_source(handed_over, name):
     start = torch.load(place / "source.ckpt", weights_only=True)["state_dict"]
     end = torch.load(place / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     kept = {k: torch.equal(v, end[k]) for k, v in start.items() if k.startswith("head.")}
-    assert all(kept.values()) == (name == "SHOT")  # which freezes the classifier
+    assert all(kept.values()) == (name in ("SHOT", "CoLearn"))  # which freeze the classifier
     assert not torch.equal(start["bottleneck.net.0.weight"], end["bottleneck.net.0.weight"])
 
 

@@ -1,6 +1,7 @@
 """Source-free adaptation for uda: a source model and unlabelled target data are all there is."""
 
 from uda_sourcefree.aad import AaD
+from uda_sourcefree.colearn import CoLearn
 from uda_sourcefree.glc import GLC
 from uda_sourcefree.lead import LEAD
 from uda_sourcefree.lftl import LFTL
@@ -8,4 +9,4 @@ from uda_sourcefree.notela import NOTELA
 from uda_sourcefree.nrc import NRC
 from uda_sourcefree.shot import SHOT
 
-__all__ = ["GLC", "LEAD", "LFTL", "NOTELA", "NRC", "SHOT", "AaD"]
+__all__ = ["GLC", "LEAD", "LFTL", "NOTELA", "NRC", "SHOT", "AaD", "CoLearn"]

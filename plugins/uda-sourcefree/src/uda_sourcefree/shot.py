@@ -114,8 +114,9 @@ class SHOT(uda.Plugin):
         """Labels and information."""
         out, logits = {}, step.target.logits
         if self.label_weight:
-            label = step.target.pseudo.y  # those of another plugin, if it labelled first
-            out["labels"] = self.label_weight * classification_loss(logits, label)
+            label = step.target.pseudo  # those of another plugin, if it labelled first
+            keep = None if label.keep is None else label.keep.float()
+            out["labels"] = self.label_weight * classification_loss(logits, label.y, weight=keep)
         if self.entropy_weight:
             value = mean_entropy(logits)
             if self.diversity:
