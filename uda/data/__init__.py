@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from uda.data.generated import Digits, Generated
     from uda.data.readers import ImageFolders, ImageLists, Reader
     from uda.data.samplers import valid_rows
+    from uda.data.several import Several
     from uda.data.tensor_views import FeatureViews, TensorViews
     from uda.data.torch_datasets import Datasets
     from uda.data.views import ImageViews, Views
@@ -37,6 +38,7 @@ _WHERE = {
     "ImageViews": "views",
     "Inputs": "domains",
     "Reader": "readers",
+    "Several": "several",
     "TensorInputs": "domains",
     "TensorViews": "tensor_views",
     "Views": "views",
@@ -58,6 +60,7 @@ __all__ = [
     "ImageViews",
     "Inputs",
     "Reader",
+    "Several",
     "TensorInputs",
     "TensorViews",
     "Views",
