@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from uda_sourcefree import GLC, LEAD, LFTL, NOTELA, NRC, SHOT, AaD, CoLearn
+from uda_sourcefree import GLC, LEAD, LFTL, NOTELA, NRC, SHOT, AaD, CoLearn, SHOTPlusPlus
 from uda_sourcefree.aad import dispersion
 from uda_sourcefree.colearn import centroid_probs, match_or_conf
 from uda_sourcefree.neighbours import nearest
 from uda_sourcefree.notela import mutual, teacher_labels
 from uda_sourcefree.nrc import neighbour_agreement, reciprocity
 from uda_sourcefree.shot import centroid_labels
+from uda_sourcefree.shot_plus import rotated, sharpened, sure_half
 
 import uda
 from uda.cli import main
@@ -25,7 +26,7 @@ from uda.testing import check_plugin, check_plugins_ddp
 CASES = [
     (SHOT, {"label_weight": 0.5}), (NRC, {"neighbours": 2, "expanded": 2}), (AaD, {"neighbours": 2, "beta": 1.0}),
     (NOTELA, {"neighbours": 3, "trainable": "all"}), (NOTELA, {"neighbours": 3, "mode": "offline", "trainable": "all"}),
-    (CoLearn, {}),
+    (CoLearn, {}), (SHOTPlusPlus, {"rotation": 0.0}),
 ]  # fmt: skip
 
 
@@ -128,6 +129,25 @@ def test_match_or_conf_in_all_cases():
     assert kept.tolist() == [c[3] for c in cases]
 
 
+def test_shot_plus_splits_each_class_by_entropy():
+    draw = np.random.default_rng(4)
+    labels, entropy = draw.integers(0, 4, 31), draw.random(31)
+    labels[labels == 2] = 3  # a class that nothing is predicted as
+    found = sure_half(torch.tensor(labels), torch.tensor(entropy), 0.5)
+    for c in (0, 1, 3):
+        members = np.flatnonzero(labels == c)
+        first = members[np.argsort(entropy[members])][: int(np.ceil(len(members) / 2))]
+        assert found[members].nonzero().flatten().tolist() == [i for i, m in enumerate(members) if m in first]
+
+
+def test_shot_plus_turns_and_sharpens():
+    x = torch.randn(4, 2, 3, 3)
+    found = rotated(x, torch.tensor([0, 3, 1, 2]))
+    for i, k in enumerate((0, 3, 1, 2)):
+        np.testing.assert_array_equal(found[i], np.rot90(x[i].numpy(), k, (1, 2)))
+    torch.testing.assert_close(sharpened(torch.tensor([[0.6, 0.4]]), 0.5), torch.tensor([[0.36, 0.16]]) / 0.52)
+
+
 def test_notela_takes_each_class_by_itself():
     """The multi-label labels are the single-label ones of "no" and "yes", class by class."""
     torch.manual_seed(0)
@@ -224,10 +244,11 @@ def adapted(place, name, plugin, *words):
     ])  # fmt: skip
 
 
-ALL = {"NOTELA": {"init_args": {"trainable": "all"}}}
+ALL = {"SHOTPlusPlus": {"init_args": {"rotation": 0}}, "NOTELA": {"init_args": {"trainable": "all"}}}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("CoLearn", "SHOTPlusPlus")]
 
 
-@pytest.mark.parametrize("name", ["SHOT", "NRC", "AaD", "NOTELA", pytest.param("CoLearn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["SHOT", "NRC", "AaD", "NOTELA", *SLOW])
 def test_the_target_improves_without_the_source(handed_over, name):
     place, before = handed_over
     assert adapted(place, name, {"class_path": name, **ALL.get(name, {})}) == 0
@@ -237,7 +258,7 @@ def test_the_target_improves_without_the_source(handed_over, name):
     start = torch.load(place / "source.ckpt", weights_only=True)["state_dict"]
     end = torch.load(place / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     kept = {k: torch.equal(v, end[k]) for k, v in start.items() if k.startswith("head.")}
-    assert all(kept.values()) == (name in ("SHOT", "CoLearn"))  # which freeze the classifier
+    assert all(kept.values()) == (name in ("SHOT", "CoLearn", "SHOTPlusPlus"))  # which freeze the classifier
     assert not torch.equal(start["bottleneck.net.0.weight"], end["bottleneck.net.0.weight"])
 
 

@@ -8,5 +8,6 @@ from uda_sourcefree.lftl import LFTL
 from uda_sourcefree.notela import NOTELA
 from uda_sourcefree.nrc import NRC
 from uda_sourcefree.shot import SHOT
+from uda_sourcefree.shot_plus import SHOTPlusPlus
 
-__all__ = ["GLC", "LEAD", "LFTL", "NOTELA", "NRC", "SHOT", "AaD", "CoLearn"]
+__all__ = ["GLC", "LEAD", "LFTL", "NOTELA", "NRC", "SHOT", "AaD", "CoLearn", "SHOTPlusPlus"]
