@@ -1,7 +1,10 @@
 """Open-set and universal adaptation for uda: either domain may have classes of its own."""
 
+from uda_universal.cmu import CMU
 from uda_universal.dance import DANCE
 from uda_universal.dcc import DCC
 from uda_universal.ovanet import OVANet
+from uda_universal.ppot import PPOT
+from uda_universal.uan import UAN
 
-__all__ = ["DANCE", "DCC", "OVANet"]
+__all__ = ["CMU", "DANCE", "DCC", "PPOT", "UAN", "OVANet"]
