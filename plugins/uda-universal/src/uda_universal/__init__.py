@@ -6,5 +6,6 @@ from uda_universal.dcc import DCC
 from uda_universal.ovanet import OVANet
 from uda_universal.ppot import PPOT
 from uda_universal.uan import UAN
+from uda_universal.uniam import UniAM
 
-__all__ = ["CMU", "DANCE", "DCC", "PPOT", "UAN", "OVANet"]
+__all__ = ["CMU", "DANCE", "DCC", "PPOT", "UAN", "OVANet", "UniAM"]
