@@ -122,7 +122,7 @@ class AdaContrast(Method):
         head_factor: of the classifier's rate (10 on DomainNet-126).
         self_training, contrast, diversity: of the terms.
         momentum: of the key network; temperature: of the contrast; queue: length of queue and bank.
-        neighbours: whose mean prediction labels a sample, once ``refine_after`` samples were seen; the net's own before.
+        neighbours: whose mean prediction labels a sample, once ``refine_after`` samples were seen; before, the net.
         statistics: of BatchNorm: ``moving`` follows the stream, as in the authors' code, and gives another prediction
             than the source model's even with ``lr=0``; ``source``.
         flip: views may be mirrored.

@@ -123,7 +123,8 @@ class RMT(Method):
             close = prototype_contrast(a, features, view, self.temperature, self.duplicates)
             loss = loss + self.contrast * close
         if self.replay and "source_x" in a.side:  # a forward of its own: BatchNorm must not mix the domains
-            loss = loss + self.replay * F.cross_entropy(a.net(a.side["source_x"].to(x)), a.side["source_y"].to(x.device))
+            known, y = a.side["source_x"].to(x), a.side["source_y"].to(x.device)
+            loss = loss + self.replay * F.cross_entropy(a.net(known), y)
         a.update(loss)
         teacher.update(a.net, self.momentum)
         return z.detach() + target
