@@ -131,7 +131,7 @@ def test_ovanet_finds_unknown_classes():
 def test_dance_moves_entropies_away_from_the_threshold():
     undecided = []
     for weight in (0.0, 0.3):
-        model, data, figures = fitted({"align": DANCE(weight=weight)}, head="cosine")
+        model, data, figures = fitted({"align": DANCE(weight=weight, margin=None)}, head="cosine")
         model.eval()
         with torch.no_grad():
             batches = [model.batch(b["x"], index=b["index"]) for b in data.val_dataloader()[1]]

@@ -62,8 +62,8 @@ class DANCE(uda.Plugin):
 
     Args:
         weight: eta, 0.05 in all published runs.
-        margin: m. The published 0.5 suits twenty classes or more: with C classes ``rho`` is ``log(C) / 2``, and for few
-            classes hardly any entropy lies outside the margin. None: a third of ``rho``.
+        margin: m, 0.5 in all published runs, of six classes and more. None: a third of ``rho``, which decides more samples
+            where there are few classes, unknown ones too.
         temperature: of the similarities.
         class_balanced: ask for class-balanced source batches.
     """
@@ -74,7 +74,7 @@ class DANCE(uda.Plugin):
     def __init__(
         self,
         weight: float = 0.05,
-        margin: float | None = None,
+        margin: float | None = 0.5,
         temperature: float = 0.05,
         class_balanced: bool = True,
     ) -> None:
