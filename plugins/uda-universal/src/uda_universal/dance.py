@@ -62,8 +62,8 @@ class DANCE(uda.Plugin):
 
     Args:
         weight: eta, 0.05 in all published runs.
-        margin: m, 0.5 in all published runs, of six classes and more. None: a third of ``rho``, which decides more samples
-            where there are few classes, unknown ones too.
+        margin: m, 0.5 in all published runs, of six classes and more. None: a third of ``rho``, which decides more
+            samples where there are few classes, unknown ones too.
         temperature: of the similarities.
         class_balanced: ask for class-balanced source batches.
     """
