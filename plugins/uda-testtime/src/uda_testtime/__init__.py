@@ -1,13 +1,23 @@
 """Test-time adaptation for uda."""
 
+from uda_testtime.adacontrast import AdaContrast
 from uda_testtime.adapter import Adapter
+from uda_testtime.core import Core
+from uda_testtime.cotta import CoTTA
+from uda_testtime.eata import EATA
+from uda_testtime.memo import MEMO
 from uda_testtime.method import Guard, Method
 from uda_testtime.methods import LAME, TENT, BNStatistics, Source, lame
+from uda_testtime.petal import PETAL
 from uda_testtime.plugin import TestTime
 from uda_testtime.reliable import ETA, SAR
+from uda_testtime.rmt import RMT
+from uda_testtime.roid import ROID
+from uda_testtime.rotta import RoTTA
+from uda_testtime.santa import SANTA
 from uda_testtime.source import SourceSamples
 
 __all__ = [
-    "ETA", "LAME", "SAR", "TENT", "Adapter", "BNStatistics", "Guard", "Method", "Source", "SourceSamples", "TestTime",
-    "lame",
+    "EATA", "ETA", "LAME", "MEMO", "PETAL", "RMT", "ROID", "SANTA", "SAR", "TENT", "AdaContrast", "Adapter",
+    "BNStatistics", "CoTTA", "Core", "Guard", "Method", "RoTTA", "Source", "SourceSamples", "TestTime", "lame",
 ]  # fmt: skip
