@@ -8,7 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from uda_universal import CMU, DANCE, PPOT, UAN, OVANet
+from uda_universal import CMU, DANCE, PPOT, UAN, OVANet, UniOT
 from uda_universal.dance import entropy_separation, neighbourhood_entropy
 from uda_universal.ovanet import OneVsAllHead, one_vs_all_losses, pair_entropy
 
@@ -18,6 +18,7 @@ from uda.testing import check_plugin, check_plugins_ddp
 CASES = [
     (OVANet, {}), (DANCE, {"margin": 0.1}),
     (UAN, {"hidden": 16}), (CMU, {"hidden": 16, "members": 3}), (PPOT, {"warmup": 0.0}),
+    (UniOT, {"clusters": 6, "fill": 24, "warmup": 1}),
 ]
 
 

@@ -7,5 +7,6 @@ from uda_universal.ovanet import OVANet
 from uda_universal.ppot import PPOT
 from uda_universal.uan import UAN
 from uda_universal.uniam import UniAM
+from uda_universal.uniot import UniOT
 
-__all__ = ["CMU", "DANCE", "DCC", "PPOT", "UAN", "OVANet", "UniAM"]
+__all__ = ["CMU", "DANCE", "DCC", "PPOT", "UAN", "OVANet", "UniAM", "UniOT"]
