@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning as L
+import pytest
 import torch
 from torch import nn
 from uda_testtime import TENT, Adapter
@@ -15,6 +16,15 @@ from uda.testing import TinyTask, check_plugin
 def test_lifecycle():
     # several batches a pass: TENT's first prediction is made before its first update
     given = {"method": "TENT", "arguments": {"lr": 0.05}}
+    check_plugin(TestTime, init_args=given, data_args={"eval_batch_size": 8}, ddp=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [
+    {"method": "RMT", "arguments": {"warmup": 32, "batch_size": 16}, "source_samples": 32},
+    {"method": "CoTTA", "arguments": {"views": 2}},
+])  # fmt: skip
+def test_lifecycle_of_methods_with_teachers(given):
     check_plugin(TestTime, init_args=given, data_args={"eval_batch_size": 8}, ddp=False)
 
 
