@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from uda.data.samplers import valid_rows
     from uda.data.several import Several
     from uda.data.tensor_views import FeatureViews, TensorViews
+    from uda.data.texts import Texts
     from uda.data.torch_datasets import Datasets
     from uda.data.views import ImageViews, Views
 
@@ -41,6 +42,7 @@ _WHERE = {
     "Several": "several",
     "TensorInputs": "domains",
     "TensorViews": "tensor_views",
+    "Texts": "texts",
     "Views": "views",
     "valid_rows": "samplers",
 }
@@ -63,6 +65,7 @@ __all__ = [
     "Several",
     "TensorInputs",
     "TensorViews",
+    "Texts",
     "Views",
     "valid_rows",
 ]
