@@ -42,7 +42,7 @@ def measure(name: str, n: int, features: int, classes: int, out) -> None:
     plugin = METHODS[name]()
     model = SimpleNamespace(
         sizes={"target": n}, target_name="target", feature_dim=features, num_classes=classes, parameters=list,
-        modules=list, head=torch.nn.Linear(features, classes),
+        modules=list, multi_label=False, head=torch.nn.Linear(features, classes),
     )  # fmt: skip
     nearest(pool.features[:4], pool.features[:64], 2)  # what libraries allocate on first use
     before = peak()
