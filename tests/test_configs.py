@@ -53,7 +53,7 @@ def text_files(folder: Path, domains: list[str]) -> None:
     """A .jsonl a domain: a word for each class, and one for the domain."""
     folder.mkdir()
     for d in domains:
-        lines = [json.dumps({"text": f"subject{i % 6} in {d}", "label": f"class_{i % 6}"}) for i in range(60)]
+        lines = [json.dumps({"text": f"subject{i % 6} in {d}", "label": f"class_{i % 6}"}) for i in range(120)]
         (folder / f"{d}.jsonl").write_text("\n".join(lines))
 
 

@@ -19,7 +19,11 @@ from uda_openset.unknown import unknown_logit
 import uda
 from uda.testing import check_plugin, check_plugins_ddp
 
-CASES = [(OSBP, {}, {}), (ROS, {"hidden": 8, "split": 0.4}, {"kind": "images"}), (CoBRF, {"trees": 2, "depth": 2}, {})]
+# A rounding of features may give a node another hyperplane, and so a forest other votes.
+CASES = [
+    (OSBP, {}, {}), (ROS, {"hidden": 8, "split": 0.4}, {"kind": "images"}),
+    (CoBRF, {"trees": 2, "depth": 2}, {"precision_tolerance": 0.5}),
+]  # fmt: skip
 
 
 def softmax(z):
