@@ -27,7 +27,8 @@ SUITES = {
     "pacs_features": ("pacs_efficientnet_lite0.npz", PACS),
     "office_caltech": ("office_caltech10.npz", SURF),
 }
-METHODS = ("shot", "nrc", "aad", "notela")
+METHODS = ("shot", "nrc", "aad", "notela", "colearn", "shot_plus")
+OPTIONS = {"shot_plus": ["--model.plugins.refine.init_args.rotation=0"]}  # features cannot be turned
 SOURCE = ["--model.head=weight_norm", "--model.label_smoothing=0.1"]
 QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--select_by=im"]
 
@@ -73,7 +74,7 @@ def main() -> None:
                     else:
                         overlay = str(ROOT / "configs" / "methods" / f"{method}.yaml")
                         summary = run([
-                            *base, "--config", overlay, "--data.source=null",
+                            *base, "--config", overlay, "--data.source=null", *OPTIONS.get(method, []),
                             f"--model.init_from={source / 'checkpoints' / 'last.ckpt'}",
                         ], source.with_name(f"{method}{seed}"))  # fmt: skip
                     metrics = {m: summary[m] for m in ("source_accuracy", *MEASURES) if m in summary}
