@@ -82,7 +82,7 @@ def test_persistence_by_loops_and_its_descent():
     value = persistence(x, torch.tensor(m))
     assert value.item() == pytest.approx(total, rel=1e-6)
     (grad,) = torch.autograd.grad(value, x)
-    assert float(persistence(x - 0.5 * grad, torch.tensor(m))) < total
+    assert persistence(x - 0.5 * grad, torch.tensor(m)).item() < total
 
 
 # ------------------------------------------------------------------------------------------------ labels

@@ -155,7 +155,11 @@ def test_commands_of_the_page(source, tmp_path, capsys):
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(source, tmp_path, given, message):
-    torch.save(handover(source(48)[0]), tmp_path / "h.pt")
+    file = handover(source(48)[0])
+    assert file["hyper_parameters"]["class_names"] == ["a", "b", "c"]
+    file["hyper_parameters"] |= {k: v for k, v in given.items() if k == "class_names"}
+    torch.save(file, tmp_path / "h.pt")
+    given = {k: v for k, v in given.items() if k != "class_names"}
     arguments = {"backbone": uda.nn.MLP([8]), "bottleneck": 8, "init_from": str(tmp_path / "h.pt"), **given}
     model = uda.UDA(arguments.pop("backbone"), {"refine": "SHOT"}, **arguments)
     data = uda.DataModule(TinyTask(), target="target", batch_size=8, epoch_steps=1, seed=1)
