@@ -44,13 +44,14 @@ class Arguments:
     """Turns ``argv`` into arguments for the parser.
 
     Args:
-        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        command: ``fit``, ``validate``, ``test`` or ``predict``; others take configs as ``inspect`` does.
         sections: class behind each of ``model``, ``data`` and ``trainer``.
         folder: where the checked config files are put for the parser to read.
     """
 
     def __init__(self, command: str, sections: dict[str, type], folder: Path) -> None:
         self.command, self.sections, self.folder = command, sections, folder
+        self.options = OPTIONS.get(command, OPTIONS["inspect"])
         self.configs: list[str] = []
         self._files: list[dict[str, Any]] = []  # what was checked, as the parser will read it
         self._overridden: set[tuple[str, str]] = set()  # settings that an option has changed so far
@@ -93,7 +94,7 @@ class Arguments:
                 raise UDAError(
                     f"{path}: unknown key {key!r}. {nearest(str(key), known)}{self._elsewhere(str(key))}"
                 )
-            if key not in self.sections and key not in OPTIONS[self.command]:
+            if key not in self.sections and key not in self.options:
                 del config[key]  # an option of another command
         for name, owner in self.sections.items():
             given = config.get(name)
@@ -139,10 +140,10 @@ class Arguments:
         head, *rest = key.split(".")
         if head not in self.sections:
             known = [
-                *OPTIONS[self.command],
+                *self.options,
                 *(f"{s}.{p}" for s in self.sections for p in spelling.parameters(self.sections[s])[0]),
             ]
-            if head not in OPTIONS[self.command]:
+            if head not in self.options:
                 raise UDAError(f"--{key}: unknown option. {nearest(key, known)}{self._elsewhere(head)}")
             return value
         if not rest:

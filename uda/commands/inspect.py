@@ -77,8 +77,11 @@ def tell(text: str) -> None:
     print(f"uda inspect: {text} ...", file=sys.stderr, flush=True)
 
 
-def built(argv: list[str], backbone: str | None) -> tuple[Any, Any]:
+def built(argv: list[str], backbone: str | None, command: str = "inspect") -> tuple[Any, Any]:
     """Model and data module of a config with overrides; the model serves its backbone.
+
+    Args:
+        argv: configs and overrides; backbone: in place of the config's; command: whose options they are, for messages.
 
     Raises:
         UDAError: anything that is wrong with a config or an option.
@@ -100,7 +103,7 @@ def built(argv: list[str], backbone: str | None) -> tuple[Any, Any]:
                 import lightning
 
                 sections = {"model": UDA, "data": data.DataModule, "trainer": lightning.Trainer}
-                words = Arguments("inspect", sections, Path(folder)).prepare(args)
+                words = Arguments(command, sections, Path(folder)).prepare(args)
                 # before the config, which has a backbone of its own most often
                 first = [] if any("model" in (self._keys(w) or ()) for w in words) else ["--model.backbone=identity"]
                 last = [f"--model.backbone={backbone}"] if backbone else []

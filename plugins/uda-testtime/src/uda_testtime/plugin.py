@@ -54,10 +54,13 @@ class TestTime(uda.Plugin):
         if self.live is None or (batch.index is not None and bool((batch.index == 0).any())):
             datamodule = getattr(model._trainer, "datamodule", None)
             self.__dict__["live"] = adapter_of(
-                model, self.method, datamodule, prepared=self.prepared, source_samples=self.source_samples,
-                guard=self.guard, updates_per_batch=self.updates_per_batch, seed=self.seed,
-            )  # fmt: skip
+                model, self.method, datamodule, prepared=self.prepared, **self.options()
+            )
         return self.live(batch.x)
+
+    def options(self) -> dict[str, Any]:
+        """What else :func:`adapter_of` takes from the arguments."""
+        return {n: getattr(self, n) for n in ("source_samples", "guard", "updates_per_batch", "seed")}
 
 
 def adapter_of(
