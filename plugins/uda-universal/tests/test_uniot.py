@@ -10,6 +10,7 @@ from uda_universal.detection import EPSILON, TAU, adaptive_filling, confident, m
 from uda_universal.uniot import cluster_targets, private_class_discovery
 
 import uda
+from uda.testing import check_plugin
 
 
 def unit(*shape, seed=0):
@@ -75,3 +76,10 @@ def test_bad_arguments():
     for make in (lambda: UniOT(mu=2.0), lambda: UniOT(temperature=0.0), lambda: UniOT(clusters=0)):
         with pytest.raises(uda.UDAError):
             make()
+
+
+@pytest.mark.slow
+def test_plugin():
+    # in eight samples of one direction, none is confident beside the memory's
+    given = {"model_args": {"head": "cosine"}, "data_args": {"batch_size": 16}}
+    check_plugin(UniOT, init_args={"clusters": 6, "fill": 24, "warmup": 0}, ddp=False, **given)
