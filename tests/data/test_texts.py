@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import zlib
 
 import numpy as np
 import pytest
@@ -35,12 +34,13 @@ def tiny(folder, classes=5, each=12):
 
 
 def test_hashed_words_by_hand():
-    row = hashed_words(["Good good, BAD a"], width=64)[0]
-    expected = np.zeros(64)
-    for word, n in {"good": 2, "bad": 1, "good good": 1, "good bad": 1}.items():
-        value = zlib.crc32(word.encode())
-        expected[value // 2 % 64] += (1 if value % 2 else -1) * (1 + math.log(n))
-    assert row == pytest.approx(expected / np.linalg.norm(expected), abs=1e-6)
+    together, apart = hashed_words(["Good good, BAD a", "good good bad"], width=2**16)
+    assert together == pytest.approx(apart)  # case, points and single letters do not count
+    assert sorted(np.abs(together[together != 0])) == pytest.approx([1 / math.sqrt(7)] * 3 + [2 / math.sqrt(7)])
+    single = hashed_words(["good", "bad"], width=2**16, bigrams=False)
+    columns = [int(np.flatnonzero(row)[0]) for row in single]
+    assert [abs(float(together[c])) * math.sqrt(7) for c in columns] == pytest.approx([2.0, 1.0])
+    assert len({*columns, *np.flatnonzero(together).tolist()}) == 4  # two words and two pairs
     assert hashed_words([""], width=4).tolist() == [[0.0] * 4]
 
 

@@ -98,8 +98,9 @@ def test_known_classes_pass_through_the_memory(universal_fit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"memory_start": "random"}, {"freeze": True, "decoder": "input", "memory_start": "random"}])
+@pytest.mark.parametrize("options", [{}, {"freeze": True, "decoder": "input"}])
 def test_memspm_plugin(options):
-    given = {"refresh_every": 2, "items": 6, "subs": 2, "top": 3} | options
+    # clusters of rounded features would start the memory elsewhere, which is no matter of precision
+    given = {"refresh_every": 2, "items": 6, "subs": 2, "top": 3, "memory_start": "random"} | options
     report = check_plugin(MemSPM, init_args=given, ddp=False)
     assert "reconstruction" in report.objectives

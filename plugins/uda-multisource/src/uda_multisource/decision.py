@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from uda.nn import full
 from uda_multisource.experts import Experts
 
 
-class LabelledExperts(Experts):
+class LabelledExperts(Experts, ABC):
     """Base: experts, their weights learnt, and a label for each target sample, made anew at the start of each epoch.
 
     ``label_weight * CE(z, y^) + entropy_weight * (mean H(p) - H(mean p))`` on the joined logits ``z = sum_i w_i z_i``.
@@ -60,9 +61,9 @@ class LabelledExperts(Experts):
             size = max(model.sizes.get(model.target_name, 0), 1)
             self.register_buffer("labels", torch.zeros(size, dtype=torch.long))
 
+    @abstractmethod
     def make_labels(self, model: uda.UDA, features: Tensor, logits: Tensor) -> Tensor:
         """Labels ``[N]`` of the whole target, from features ``[N, M, F]`` and logits ``[N, M, C]`` of the experts."""
-        raise NotImplementedError
 
     @uda.hookimpl
     def refresh(self, model: uda.UDA, bank: uda.Pools) -> None:

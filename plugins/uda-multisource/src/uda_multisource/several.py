@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +36,7 @@ def per_source_classification(step: uda.Step) -> Tensor:
     )
 
 
-class AdversaryPerSource(uda.Plugin):
+class AdversaryPerSource(uda.Plugin, ABC):
     """Base: a discriminator for each source against the target, and one sum over all losses by a rule of the subclass.
 
     The sources' losses are ``l_i = e_i + weight * d_i`` with the classification loss e_i and the discriminator's
@@ -89,9 +90,9 @@ class AdversaryPerSource(uda.Plugin):
             out.append(domain_adversarial_loss(logits[: len(source)], logits[len(source) :]))
         return torch.stack(out)
 
+    @abstractmethod
     def join(self, classification: Tensor, domain: Tensor) -> tuple[Tensor, Tensor]:
         """Scalar loss and the sources' weights ``[M]`` for the log, from e and ``weight * d`` ``[M]`` each."""
-        raise NotImplementedError
 
     @uda.hookimpl
     def align_features(self, step: uda.Step) -> dict[str, Tensor]:

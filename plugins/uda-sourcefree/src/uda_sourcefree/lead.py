@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,22 +33,16 @@ def parts(features: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def two_means(u: Tensor, steps: int = 200) -> tuple[float, float]:
-    """Means, the smaller first, of a mixture of two Gaussians on numbers ``[N]``; EM from the quartiles."""
-    x = u.double()
-    mean = torch.quantile(x, torch.tensor([0.25, 0.75], dtype=x.dtype, device=x.device))
-    var, share = x.var().clamp_min(1e-12).expand(2).clone(), torch.full_like(mean, 0.5)
-    floor = 1e-6 * var[0] + 1e-12
-    for _ in range(steps):
-        log = share.log() - 0.5 * var.log() - 0.5 * (x[:, None] - mean).square() / var
-        r = log.softmax(1)
-        mass = r.sum(0).clamp_min(1e-12)
-        new = (r * x[:, None]).sum(0) / mass
-        var = ((r * (x[:, None] - new).square()).sum(0) / mass).clamp_min(floor)
-        share, moved, mean = mass / len(x), (new - mean).abs().max(), new
-        if moved < 1e-8:
-            break
-    low, high = sorted(mean.tolist())
+def two_means(u: Tensor) -> tuple[float, float]:
+    """Means, the smaller first, of a mixture of two Gaussians on numbers ``[N]``, started at the quartiles."""
+    from sklearn.mixture import GaussianMixture
+
+    x = u.double().cpu().numpy()[:, None]
+    if np.ptp(x) < 1e-9:  # nothing to take apart
+        return (float(x.mean()),) * 2
+    start = np.quantile(x, [0.25, 0.75])[:, None]
+    found = GaussianMixture(2, means_init=start, max_iter=200, random_state=0).fit(x)
+    low, high = sorted(found.means_[:, 0].tolist())
     return low, high
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +48,7 @@ def class_count(
     return max(score, key=score.__getitem__)
 
 
-class UniversalNeighbours(NeighbourMemory):
+class UniversalNeighbours(NeighbourMemory, ABC):
     """Base: ``label_weight * CE(labels) + neighbour_weight * CE(mean of the neighbours' p)`` with a frozen classifier.
 
     Labels are distributions ``[N, C]`` with a weight each, made anew at the start of each epoch; that of an unknown
@@ -94,9 +95,9 @@ class UniversalNeighbours(NeighbourMemory):
             self.register_buffer("weight", torch.ones(size))
             self.register_buffer("clusters", torch.zeros((), dtype=torch.long))
 
+    @abstractmethod
     def labelled(self, model: uda.UDA, features: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Class ids ``[N]``, mask of the unknown ``[N]``, weights ``[N]`` of the whole target."""
-        raise NotImplementedError
 
     def due(self, model: uda.UDA) -> bool:
         """Whether to count the clusters of the target (again)."""
