@@ -15,19 +15,7 @@ from uda_testtime.surgery import mix_statistics
 from uda.errors import UDAError
 
 
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    out = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).double()
-    out(torch.randn(50, 4, dtype=torch.float64) + 1)
-    return out.eval()
-
-
-def batches(n: int = 5) -> list[torch.Tensor]:
-    g = torch.Generator().manual_seed(1)
-    return [2 * torch.randn(16, 4, generator=g, dtype=torch.float64) - 1 for _ in range(n)]
-
-
-def test_tent_is_its_formula():
+def test_tent_is_its_formula(net, batches):
     model, a = net(), Adapter(net(), TENT(lr=0.1, optimizer="sgd"))
     gamma, beta = (p.detach().clone().requires_grad_() for p in (model[1].weight, model[1].bias))
     momentum = [torch.zeros(6).double(), torch.zeros(6).double()]
@@ -53,7 +41,7 @@ def forward(model, x, gamma, beta):
     return p, -(p * p.log()).sum(1)
 
 
-def test_eta_is_its_formula():
+def test_eta_is_its_formula(net, batches):
     model, a = net(), Adapter(net(), ETA(lr=0.1, optimizer="sgd", margin=0.9, redundancy=0.95))
     theta = [p.detach().clone().requires_grad_() for p in (model[1].weight, model[1].bias)]
     momentum, mean, kept = [0, 0], None, []
@@ -77,7 +65,7 @@ def test_eta_is_its_formula():
     assert torch.allclose(a.state["mean"], mean)
 
 
-def test_sar_is_its_formula():
+def test_sar_is_its_formula(net, batches):
     model, a = net(), Adapter(net(), SAR(lr=0.1, margin=0.9, rho=0.3, recovery=0))
     theta, limit = [p.detach().clone().requires_grad_() for p in (model[1].weight, model[1].bias)], 0.9 * math.log(3)
     momentum, average = [0, 0], None
@@ -115,7 +103,7 @@ def test_lame_is_its_formula():
     assert np.allclose(lame(p, f, 2, rounds=4).numpy(), y)
 
 
-def test_statistics_mix_by_the_share_of_the_source():
+def test_statistics_mix_by_the_share_of_the_source(net, batches):
     x, model = batches(1)[0], net()
     h = model[0](x)
     mean = 0.9 * model[1].running_mean + 0.1 * h.mean(0)
@@ -136,13 +124,13 @@ def test_statistics_mix_by_the_share_of_the_source():
      (ETA(lr=0), BNStatistics()), (ETA(weight=0), BNStatistics()), (SAR(lr=0), BNStatistics()),
      (SAR(weight=0), BNStatistics())],
 )
-def test_without_effect_it_is_the_base_prediction(method, base):
+def test_without_effect_it_is_the_base_prediction(method, base, net, batches):
     a, b = Adapter(net(), method), Adapter(net(), base)
     assert all(torch.equal(a(x), b(x)) for x in batches())
 
 
 @pytest.mark.parametrize("make", [TENT, lambda: ETA(margin=0.9, redundancy=0.99), lambda: SAR(lr=0.1, margin=0.9)])
-def test_reset_and_resume_are_exact(make):
+def test_reset_and_resume_are_exact(make, net, batches):
     a = Adapter(net(), make())
     first = [a(x) for x in batches()]
     a.reset()
@@ -153,7 +141,7 @@ def test_reset_and_resume_are_exact(make):
     assert not torch.equal(first[-1], Adapter(net(), BNStatistics())(batches()[-1]))  # it does something
 
 
-def test_guard_catches_a_collapse():
+def test_guard_catches_a_collapse(net, batches):
     free, kept = Adapter(net(), TENT(lr=0.5)), Adapter(net(), TENT(lr=0.5), guard=Guard(window=64, drift=0.5))
     for x in batches(40):
         free(x), kept(x)
@@ -161,14 +149,14 @@ def test_guard_catches_a_collapse():
     assert free.rollbacks == 0
 
 
-def test_budget_bounds_the_updates():
+def test_budget_bounds_the_updates(net, batches):
     a = Adapter(net(), TENT(), updates_per_batch=0.25)
     for x in batches(8):
         a(x)
     assert (a.batches, a.updates) == (8, 2)
 
 
-def test_bad_input_and_settings():
+def test_bad_input_and_settings(net, batches):
     x, a = batches(1)[0], Adapter(net(), TENT())
     with torch.inference_mode():
         a(x + 0)

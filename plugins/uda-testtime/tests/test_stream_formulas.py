@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from uda_testtime import Adapter, BNStatistics, Source, SourceSamples
+from uda_testtime import Adapter, BNStatistics
 from uda_testtime.adacontrast import AdaContrast, crop_view, instance_contrast, neighbour_labels, strong_view
-from uda_testtime.core import Core
 from uda_testtime.cotta import CoTTA
 from uda_testtime.eata import EATA
 from uda_testtime.memo import MEMO, augmix_view
@@ -21,32 +20,6 @@ from uda_testtime.rmt import RMT
 from uda_testtime.roid import ROID
 from uda_testtime.rotta import RoTTA, place
 from uda_testtime.santa import SANTA
-
-from uda.errors import UDAError
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    out = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).double()
-    out(torch.randn(50, 4, dtype=torch.float64) + 1)
-    return out.eval()
-
-
-def batches(n: int = 5) -> list[torch.Tensor]:
-    g = torch.Generator().manual_seed(1)
-    return [2 * torch.randn(16, 4, generator=g, dtype=torch.float64) - 1 for _ in range(n)]
-
-
-def source() -> SourceSamples:
-    x = torch.randn(48, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    return SourceSamples(x, torch.arange(48) % 3, torch.arange(48) % 2)
-
-
-def ready(method, **options) -> Adapter:
-    a = Adapter(net(), method, **options)
-    if method.needs != "nothing":
-        a.prepare(source())
-    return a
 
 
 def forward(theta: dict[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +59,7 @@ def norm_only(theta: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n: p.requires_grad_(n.startswith("1.")) for n, p in theta.items()}
 
 
-def test_eata_is_its_formula():
+def test_eata_is_its_formula(net, batches, source, ready):
     a = ready(EATA(lr=0.1, optimizer="sgd", margin=2.0, redundancy=2.0, beta=3.0, batch_size=48))
     theta, order = norm_only(leaves(net())), torch.randperm(48, generator=torch.Generator().manual_seed(0))
     z = forward(theta, source().x[order])[1]
@@ -106,7 +79,7 @@ def test_eata_is_its_formula():
 
 
 @pytest.mark.parametrize("loss", ["ce", "symmetric"])
-def test_cotta_is_its_formula(loss):
+def test_cotta_is_its_formula(loss, net, batches, ready):
     a = ready(CoTTA(lr=0.1, optimizer="sgd", threshold=0.0, momentum=0.7, restore=0.0, loss=loss))
     theta, momentum = leaves(net()), {}
     teacher = {n: p.detach().clone() for n, p in theta.items()}
@@ -118,7 +91,7 @@ def test_cotta_is_its_formula(loss):
     same(a, theta)
 
 
-def test_cotta_asks_views_when_the_source_is_unsure_and_restores_at_random():
+def test_cotta_asks_views_when_the_source_is_unsure_and_restores_at_random(net, batches, ready):
     plain, views = ready(CoTTA(threshold=0.0)), ready(CoTTA(threshold=1.0, views=3))
     x, scale = batches()[0], views.state
     g = torch.Generator().manual_seed(0)
@@ -136,7 +109,7 @@ def test_cotta_asks_views_when_the_source_is_unsure_and_restores_at_random():
     assert 0.2 < moved.double().mean() < 0.8
 
 
-def test_roid_is_its_formula():
+def test_roid_is_its_formula(net, batches, ready):
     a = ready(ROID(lr=0.1, optimizer="sgd", momentum=0.8, consistency=0.0, temperature=0.5))
     theta, momentum, prior = norm_only(leaves(net())), {}, np.full(3, 1 / 3)
     start = {n: p.detach().clone() for n, p in theta.items()}
@@ -166,7 +139,7 @@ def test_roid_is_its_formula():
     assert torch.allclose(ready(ROID(correction="logits"))(x), z * (p + s) / (1 + 3 * s))
 
 
-def test_roid_compares_kept_samples_with_their_views():
+def test_roid_compares_kept_samples_with_their_views(batches, ready):
     a = ready(ROID(lr=0.1, optimizer="sgd", momentum=1.0))
     b = ready(ROID(lr=0.1, optimizer="sgd", momentum=1.0, consistency=0.0))
     x = batches()[0]
@@ -178,7 +151,7 @@ def test_roid_compares_kept_samples_with_their_views():
     assert torch.allclose(symmetric_cross_entropy(z, y), torch.stack(wanted))
 
 
-def test_rmt_is_its_formula():
+def test_rmt_is_its_formula(net, batches, source, ready):
     a = ready(RMT(lr=0.1, optimizer="sgd", momentum=0.7, warmup=96, batch_size=48, width=0, temperature=0.5))
     theta, momentum, g = leaves(net()), {}, torch.Generator().manual_seed(0)
     torch.randint(2**31, (), generator=g)  # the projector's
@@ -215,7 +188,7 @@ def test_rmt_is_its_formula():
     same(a, theta)
 
 
-def test_rmt_replays_a_source_batch_beside_the_stream():
+def test_rmt_replays_a_source_batch_beside_the_stream(batches, source, ready):
     side = {"source_x": source().x, "source_y": source().y}
     with_it, without = (ready(RMT(warmup=0, replay=r, lr=0.1)) for r in (1.0, 0.0))
     for a in (with_it, without):
@@ -232,7 +205,7 @@ def test_equal_prototypes_repel_each_other_or_not():
     assert view_contrast(u, 0.1, skip) < view_contrast(u, 0.1)
 
 
-def test_santa_is_its_formula():
+def test_santa_is_its_formula(net, batches, ready):
     a = ready(SANTA(lr=0.1, optimizer="sgd", contrast=0.0, width=0))
     theta, momentum, start = norm_only(leaves(net())), {}, leaves(net())
     g = torch.Generator()
@@ -288,7 +261,7 @@ def test_rotta_fills_its_memory_as_the_algorithm_says(capacity):
     assert len(mine) == capacity
 
 
-def test_rotta_is_its_formula():
+def test_rotta_is_its_formula(net, batches, ready):
     a = ready(RoTTA(lr=0.1, optimizer="sgd", rate=0.3, momentum=0.7, capacity=16, every=16))
     model, g, x = net(), torch.Generator().manual_seed(0), batches()[0]
     z = a(x)
@@ -316,7 +289,7 @@ def test_rotta_is_its_formula():
     assert a.updates == 1
 
 
-def test_memo_is_its_formula():
+def test_memo_is_its_formula(net, batches, ready):
     a, x, g = ready(MEMO(lr=0.1, views=4, source_weight=1.0)), batches()[0], torch.Generator().manual_seed(0)
     out = a(x[:3])
     for i in range(3):
@@ -332,7 +305,7 @@ def test_memo_is_its_formula():
     same(a, dict(net().named_parameters()))
 
 
-def test_petal_is_its_formula():
+def test_petal_is_its_formula(net, batches, ready):
     a = ready(PETAL(lr=0.1, optimizer="sgd", threshold=0.0, momentum=0.7, prior=1e-5, share=0.4, batch_size=16))
     theta, momentum = leaves(net()), {}
     start = {n: p.detach().clone() for n, p in theta.items()}
@@ -357,7 +330,7 @@ def test_petal_is_its_formula():
         assert float(quantile([values[:50], values[50:]], share)) == pytest.approx(np.quantile(values, share))
 
 
-def test_petal_posterior_is_the_moments_along_the_training():
+def test_petal_posterior_is_the_moments_along_the_training(net, source):
     a = Adapter(net(), PETAL(epochs=2, source_lr=0.1, batch_size=48))
     a.prepare(source())
     theta, momentum, seen, g = leaves(net()), {}, [], torch.Generator().manual_seed(0)
@@ -371,7 +344,7 @@ def test_petal_posterior_is_the_moments_along_the_training():
     assert torch.allclose(a.prepared["variance"][4], torch.stack(seen).var(0, correction=0))
 
 
-def test_adacontrast_pieces_are_their_formulas():
+def test_adacontrast_pieces_are_their_formulas(batches, ready):
     g = torch.Generator().manual_seed(0)
     f, bank, probs = torch.randn(5, 4, generator=g), torch.randn(9, 4, generator=g), torch.rand(9, 3, generator=g)
     found = neighbour_labels(f, bank, probs, 4)
@@ -403,84 +376,3 @@ def test_views_are_pixels_of_the_given_generator(make, channels):
     assert one.shape == x.shape
     assert -1e-6 <= one.min() <= one.max() <= 1 + 1e-6
     assert torch.equal(torch.get_rng_state(), before)
-
-
-LIVELY = [
-    EATA(beta=1.0, margin=2.0, redundancy=2.0), CoTTA(threshold=2.0, views=2, lr=0.1, momentum=0.9), ROID(lr=0.1),
-    RMT(warmup=48, batch_size=24, lr=0.1), RoTTA(lr=0.1, capacity=9, every=10), MEMO(lr=0.1, views=3), Core(lr=0.1),
-    SANTA(lr=0.1), PETAL(lr=0.1, views=2, threshold=2.0, batch_size=24, momentum=0.9),
-    AdaContrast(lr=0.1, refine_after=20),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("method", LIVELY, ids=lambda m: type(m).__name__)
-def test_reset_and_resume_are_exact_and_the_generator_is_the_own(method, tmp_path):
-    net()  # seeds the global generator, as each call below
-    before = torch.get_rng_state()
-    a = ready(method)
-    first = [a(x) for x in batches()]
-    end = a.snapshot()
-    a.reset()
-    assert all(torch.equal(a(x), z) for x, z in zip(batches()[:2], first, strict=False))
-    torch.save(a.snapshot(), tmp_path / "state.pt")
-    b = ready(method)
-    b.restore(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert all(torch.equal(b(x), z) for x, z in zip(batches()[2:], first[2:], strict=True))
-    again = b.snapshot()
-    assert all(torch.equal(p, q) for p, q in zip(end["parameters"], again["parameters"], strict=True))
-    assert all(torch.equal(v, again["extra"][n]) for n, v in end["extra"].items())
-    b.reset()
-    start = ready(method).snapshot()
-    found = b.snapshot()
-    assert all(torch.equal(p, q) for p, q in zip(start["parameters"], found["parameters"], strict=True))
-    assert all(torch.equal(v, found["buffers"][n]) for n, v in start["buffers"].items())
-    assert found["method"] == start["method"] == {}
-    assert first[-1].dtype == torch.float64
-    assert a(batches()[0][:1]).isfinite().all()  # a single sample
-    assert torch.equal(torch.get_rng_state(), before)
-    with torch.no_grad():
-        assert b.export()(batches()[0]).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("method", "base"),
-    [(EATA(weight=0, beta=5.0), BNStatistics()), (EATA(lr=0), BNStatistics()),
-     (CoTTA(lr=0, threshold=0), BNStatistics()), (CoTTA(weight=0, threshold=0), BNStatistics()),
-     (ROID(lr=0, correction="none"), BNStatistics()), (ROID(weight=0, correction="none"), BNStatistics()),
-     (SANTA(lr=0), BNStatistics()), (SANTA(anchor=0, contrast=0), BNStatistics()), (Core(lr=0), BNStatistics(0.9)),
-     (Core(weight=0), BNStatistics(0.9)), (RoTTA(lr=0, rate=0, every=8), Source()),
-     (PETAL(lr=0, threshold=0), BNStatistics()), (AdaContrast(lr=0, statistics="source"), Source()),
-     (MEMO(lr=0, views=2, source_weight=1.0), Source())],
-)  # fmt: skip
-def test_without_effect_it_is_the_base_prediction(method, base):
-    a, b = ready(method), Adapter(net(), base)
-    for x in batches():
-        one_by_one = isinstance(method, MEMO)
-        wanted = torch.cat([b(v[None]) for v in x]) if one_by_one else b(x)
-        assert torch.equal(a(x), wanted)
-
-
-def test_rmt_without_effect_is_twice_the_base():
-    for method in (RMT(lr=0, warmup=0), RMT(weight=0, contrast=0, replay=0, warmup=0)):
-        a, b = ready(method), Adapter(net(), BNStatistics())
-        assert all(torch.equal(a(x), 2 * b(x)) for x in batches(3))
-
-
-@pytest.mark.parametrize("method", [ROID(lr=0.05, momentum=1.0), Core(lr=0.02), EATA(margin=2.0, redundancy=2.0)])
-def test_predictions_grow_more_certain(method):
-    a, x = ready(method), batches()[0]
-    first = torch.special.entr(a(x).softmax(1)).sum(1).mean()
-    for _ in range(30):
-        last = a(x)
-    assert torch.special.entr(last.softmax(1)).sum(1).mean() < first
-
-
-def test_settings_that_do_not_exist_are_refused():
-    for make in (lambda: CoTTA(loss="mse"), lambda: ROID(correction="sum"), lambda: RMT(duplicates="some"),
-                 lambda: PETAL(share=1.0), lambda: AdaContrast(statistics="batch")):  # fmt: skip
-        with pytest.raises(UDAError, match="not"):
-            make()
-    bare = nn.Sequential(nn.Linear(4, 3))
-    for method in (RoTTA(), SANTA()):
-        with pytest.raises(UDAError, match="no normalisation"):
-            Adapter(bare, method)

@@ -1,0 +1,100 @@
+"""Methods of teachers, memories and views along a stream: exact reset and resume, no effect at weight 0, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from uda_testtime import Adapter, BNStatistics, Source
+from uda_testtime.adacontrast import AdaContrast
+from uda_testtime.core import Core
+from uda_testtime.cotta import CoTTA
+from uda_testtime.eata import EATA
+from uda_testtime.memo import MEMO
+from uda_testtime.petal import PETAL
+from uda_testtime.rmt import RMT
+from uda_testtime.roid import ROID
+from uda_testtime.rotta import RoTTA
+from uda_testtime.santa import SANTA
+
+from uda.errors import UDAError
+
+LIVELY = [
+    EATA(beta=1.0, margin=2.0, redundancy=2.0), CoTTA(threshold=2.0, views=2, lr=0.1, momentum=0.9), ROID(lr=0.1),
+    RMT(warmup=48, batch_size=24, lr=0.1), RoTTA(lr=0.1, capacity=9, every=10), MEMO(lr=0.1, views=3), Core(lr=0.1),
+    SANTA(lr=0.1), PETAL(lr=0.1, views=2, threshold=2.0, batch_size=24, momentum=0.9),
+    AdaContrast(lr=0.1, refine_after=20),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", LIVELY, ids=lambda m: type(m).__name__)
+def test_reset_and_resume_are_exact_and_the_generator_is_the_own(method, tmp_path, net, batches, ready):
+    net()  # seeds the global generator, as each call below
+    before = torch.get_rng_state()
+    a = ready(method)
+    first = [a(x) for x in batches()]
+    end = a.snapshot()
+    a.reset()
+    assert all(torch.equal(a(x), z) for x, z in zip(batches()[:2], first, strict=False))
+    torch.save(a.snapshot(), tmp_path / "state.pt")
+    b = ready(method)
+    b.restore(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert all(torch.equal(b(x), z) for x, z in zip(batches()[2:], first[2:], strict=True))
+    again = b.snapshot()
+    assert all(torch.equal(p, q) for p, q in zip(end["parameters"], again["parameters"], strict=True))
+    assert all(torch.equal(v, again["extra"][n]) for n, v in end["extra"].items())
+    b.reset()
+    start = ready(method).snapshot()
+    found = b.snapshot()
+    assert all(torch.equal(p, q) for p, q in zip(start["parameters"], found["parameters"], strict=True))
+    assert all(torch.equal(v, found["buffers"][n]) for n, v in start["buffers"].items())
+    assert found["method"] == start["method"] == {}
+    assert first[-1].dtype == torch.float64
+    assert a(batches()[0][:1]).isfinite().all()  # a single sample
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.no_grad():
+        assert b.export()(batches()[0]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("method", "base"),
+    [(EATA(weight=0, beta=5.0), BNStatistics()), (EATA(lr=0), BNStatistics()),
+     (CoTTA(lr=0, threshold=0), BNStatistics()), (CoTTA(weight=0, threshold=0), BNStatistics()),
+     (ROID(lr=0, correction="none"), BNStatistics()), (ROID(weight=0, correction="none"), BNStatistics()),
+     (SANTA(lr=0), BNStatistics()), (SANTA(anchor=0, contrast=0), BNStatistics()), (Core(lr=0), BNStatistics(0.9)),
+     (Core(weight=0), BNStatistics(0.9)), (RoTTA(lr=0, rate=0, every=8), Source()),
+     (PETAL(lr=0, threshold=0), BNStatistics()), (AdaContrast(lr=0, statistics="source"), Source()),
+     (MEMO(lr=0, views=2, source_weight=1.0), Source())],
+)  # fmt: skip
+def test_without_effect_it_is_the_base_prediction(method, base, net, batches, ready):
+    a, b = ready(method), Adapter(net(), base)
+    for x in batches():
+        one_by_one = isinstance(method, MEMO)
+        wanted = torch.cat([b(v[None]) for v in x]) if one_by_one else b(x)
+        assert torch.equal(a(x), wanted)
+
+
+def test_rmt_without_effect_is_twice_the_base(net, batches, ready):
+    for method in (RMT(lr=0, warmup=0), RMT(weight=0, contrast=0, replay=0, warmup=0)):
+        a, b = ready(method), Adapter(net(), BNStatistics())
+        assert all(torch.equal(a(x), 2 * b(x)) for x in batches(3))
+
+
+@pytest.mark.parametrize("method", [ROID(lr=0.05, momentum=1.0), Core(lr=0.02), EATA(margin=2.0, redundancy=2.0)])
+def test_predictions_grow_more_certain(method, batches, ready):
+    a, x = ready(method), batches()[0]
+    first = torch.special.entr(a(x).softmax(1)).sum(1).mean()
+    for _ in range(30):
+        last = a(x)
+    assert torch.special.entr(last.softmax(1)).sum(1).mean() < first
+
+
+def test_settings_that_do_not_exist_are_refused():
+    for make in (lambda: CoTTA(loss="mse"), lambda: ROID(correction="sum"), lambda: RMT(duplicates="some"),
+                 lambda: PETAL(share=1.0), lambda: AdaContrast(statistics="batch")):  # fmt: skip
+        with pytest.raises(UDAError, match="not"):
+            make()
+    bare = nn.Sequential(nn.Linear(4, 3))
+    for method in (RoTTA(), SANTA()):
+        with pytest.raises(UDAError, match="no normalisation"):
+            Adapter(bare, method)
