@@ -35,7 +35,7 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     if not 0 <= arguments["label_smoothing"] < 1:
         raise UDAError(f"model.label_smoothing must be in [0, 1), got {arguments['label_smoothing']}.")
     for name in ("bottleneck", "manual_clip"):
-        if arguments[name] < 0:
+        if arguments[name] is None or arguments[name] < 0:
             raise UDAError(f"model.{name} must be 0 (off) or positive, got {arguments[name]}.")
     if arguments["manual_accumulate"] < 1:
         raise UDAError(f"model.manual_accumulate must be 1 or more, got {arguments['manual_accumulate']}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import pluggy
@@ -117,6 +117,14 @@ class Prediction:
     def unknown_scores(self) -> Tensor:
         """``unknown_score``, or ``1 - score`` where it is None ``[B]``."""
         return 1 - self.score if self.unknown_score is None else self.unknown_score
+
+    def rejecting(self, unknown: Tensor, score: Tensor) -> Prediction:
+        """The same with the samples of a mask ``[B]`` as unknown too, and another ``unknown_score`` ``[B]``.
+
+        What the hook ``reject`` returns where several methods may have their say: what one marked stays marked.
+        """
+        mask = unknown if self.unknown is None else unknown | self.unknown
+        return replace(self, unknown=mask, unknown_score=score)
 
     def marked(self, num_classes: int) -> Tensor:
         """Labels ``[B]`` with ``num_classes`` for the unknown."""

@@ -109,7 +109,4 @@ class Reject(Plugin):
             self._seen = None
         if math.isnan(self.limit.item()):
             raise UDAError("Reject: the quantile of the source is not known yet: validate or fit first.")
-        unknown = found > self.limit
-        if prediction.unknown is not None:
-            unknown = unknown | prediction.unknown
-        return replace(prediction, unknown=unknown, unknown_score=found)
+        return prediction.rejecting(found > self.limit, found)

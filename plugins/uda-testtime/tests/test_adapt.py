@@ -6,11 +6,14 @@ import csv
 import json
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from torch import nn
 from uda_testtime import TENT, Adapter
+from uda_testtime.domains import shifts_of
+from uda_testtime.streams import GRADUAL
 
 import uda
 from uda.cli import main
@@ -90,6 +93,7 @@ def test_settings_and_shifts(source, tmp_path):
         (["--setting", "continal"], "continual"), (["--shifts", "targt"], "target"), (["--resume"], "no "),
         (["--model.plugins={}"], "TestTime"), (["--autocast", "float16"], "bfloat16"),
         (["--setting", "gradual"], "corruptions"), (["--model.init_from=none.ckpt"], "none.ckpt"),
+        (["--corruptions", "fogg"], "Did you mean 'fog'"),
     ],
 )  # fmt: skip
 def test_errors_come_before_the_stream(source, tmp_path, capsys, more, told):
@@ -101,3 +105,15 @@ def test_several_processes_are_refused(source, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command(source, tmp_path / "out") == 2
     assert "one process" in capsys.readouterr().err
+
+
+def test_gradual_streams_go_through_the_severities(tmp_path):
+    pytest.importorskip("corrupt_tta")
+    x = torch.randint(0, 255, (12, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    np.savez(tmp_path / "two.npz", a_x=x, a_y=np.arange(12) % 3, b_x=x, b_y=np.arange(12) % 3)
+    data = uda.DataModule(uda.data.Arrays(str(tmp_path / "two.npz"), kind="images"), "a", "b")
+    shifts = shifts_of(data, corruptions=["contrast", "brightness"], gradual=True)
+    assert [s.name for s in shifts] == [f"b/{c}/{n}" for c in ("contrast", "brightness") for n in GRADUAL]
+    first, worst = (shifts[i].fetch(np.arange(12)) for i in (0, 4))
+    assert worst.std() < first.std()  # contrast falls with the severity
+    assert shifts[0].y.tolist() == shifts[4].y.tolist()

@@ -116,7 +116,4 @@ class CoBRF(uda.Plugin):
         found = vote_entropy(self.forest.votes(batch.features))
         if batch.role == "source":
             return replace(prediction, unknown_score=found)
-        unknown = found > self.limit
-        if prediction.unknown is not None:
-            unknown = unknown | prediction.unknown
-        return replace(prediction, unknown=unknown, unknown_score=found)
+        return prediction.rejecting(found > self.limit, found)

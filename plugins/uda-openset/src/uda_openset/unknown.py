@@ -68,7 +68,4 @@ class UnknownClass(uda.Plugin):
         found = unknown_logit(z, u).sigmoid()
         if batch.role == "source":
             return replace(prediction, unknown_score=found)
-        unknown = u.squeeze(1) > z.amax(1)
-        if prediction.unknown is not None:
-            unknown = unknown | prediction.unknown
-        return replace(prediction, unknown=unknown, unknown_score=found)
+        return prediction.rejecting(u.squeeze(1) > z.amax(1), found)

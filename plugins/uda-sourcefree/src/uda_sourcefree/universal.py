@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -147,7 +146,4 @@ class UniversalNeighbours(NeighbourMemory, ABC):
         if batch.role == "source":
             return None
         found = normalised_entropy(batch.logits)
-        unknown = found > self.threshold
-        if prediction.unknown is not None:
-            unknown = unknown | prediction.unknown
-        return replace(prediction, unknown=unknown, unknown_score=found)
+        return prediction.rejecting(found > self.threshold, found)

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from uda.data import Reader
 from uda.data.batches import Request
-from uda.errors import UDAError
+from uda.errors import UDAError, nearest
 from uda_testtime.corruptions import CORRUPTIONS, Corruptions
 from uda_testtime.streams import GRADUAL, Shift
 
 
 class _Once(Reader):
-    """Reads each domain once: several shifts share the sources."""
+    """Reads each domain once: several shifts share the sources. ``more``: names that its reader does not list."""
 
-    def __init__(self, reader: Reader) -> None:
-        self.reader, self.found = reader, {}
+    def __init__(self, reader: Reader, more: list[str] | None = None) -> None:
+        self.reader, self.found, self.more = reader, {}, list(more or [])
 
     def domains(self) -> list[str]:
-        return self.reader.domains()
+        return [*self.reader.domains(), *self.more]
 
     def read(self, domain: str) -> Any:
         if domain not in self.found:
@@ -43,15 +43,19 @@ def shifts_of(
     Raises:
         UDAError: unknown domains or corruptions, or other classes.
     """
-    names = list(names or [datamodule.target_name])
+    names, clean = list(names or [datamodule.target_name]), datamodule.reader.domains()
+    if strange := [n for n in names if n not in clean]:
+        raise UDAError(f"unknown domain {strange[0]!r} of the stream. {nearest(strange[0], clean)}")
     reader = _Once(datamodule.reader)
     if gradual and not corruptions:
         raise UDAError("a gradual stream goes through severities: it needs corruptions.")
     if corruptions:
-        reader = _Once(Corruptions(reader, severity, cache=cache))
         found = list(CORRUPTIONS) if corruptions == ["all"] else corruptions
+        if strange := [c for c in found if c not in CORRUPTIONS]:
+            raise UDAError(f"unknown corruption {strange[0]!r}. {nearest(strange[0], CORRUPTIONS)}")
         levels = [f"/{s}" for s in GRADUAL] if gradual else [""]
         names = [f"{n}/{c}{level}" for n in names for c in found for level in levels]
+        reader = _Once(Corruptions(reader, severity, cache=cache), names if gradual else None)
     first, out = None, []
     for name in names:
         shift = _shift(datamodule, reader, name)

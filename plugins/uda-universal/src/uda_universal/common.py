@@ -32,10 +32,7 @@ def marked(batch: uda.DomainBatch, prediction: uda.Prediction, score: Tensor, li
     """
     if batch.role == "source":
         return replace(prediction, unknown=None, unknown_score=score)
-    unknown = score > limit
-    if prediction.unknown is not None:
-        unknown = unknown | prediction.unknown
-    return replace(prediction, unknown=unknown, unknown_score=score)
+    return prediction.rejecting(score > limit, score)
 
 
 def unit_range(values: Tensor) -> Tensor:

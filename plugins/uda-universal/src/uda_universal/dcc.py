@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -197,7 +196,4 @@ class DCC(uda.Plugin):
         matched = self.partner >= 0
         near, strange = (cosine.masked_fill(~(used & m), -1.0).amax(1) for m in (matched, ~matched))
         score = strange - near
-        unknown = score > 0
-        if prediction.unknown is not None:
-            unknown = unknown | prediction.unknown
-        return replace(prediction, unknown=unknown, unknown_score=score)
+        return prediction.rejecting(score > 0, score)
