@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -88,12 +88,22 @@ def raw_inputs(model: UDA, name: str) -> Tensor:
 
     For methods that look at the data themselves, such as fixed features; a domain of images may not fit into memory.
     """
+    return map_pool(model, name, Tensor.float)
+
+
+def map_pool(model: UDA, name: str, look: Callable[[Tensor], Tensor], views: Any = None) -> Tensor:
+    """``look`` of the inputs of a domain's whole training pool ``[N, ...]``, in index order and equal on all ranks.
+
+    Args:
+        look: ``[B, ...]`` to rows ``[B, ...]``, of the inputs in the test view.
+        views: other transforms than the run's, for a second network.
+    """
     trainer, index, rows = model.trainer, [], []
-    for batch in trainer.datamodule.pool_dataloader(name):
+    for batch in trainer.datamodule.pool_dataloader(name, views):
         batch = trainer.strategy.batch_to_device(batch, model.device)
         own = model.owned_rows(batch["index"])
         index.append(batch["index"][own])
-        rows.append(batch["x"][own].float())
+        rows.append(look(batch["x"][own]))
     return gather_domain(model.sizes[name], torch.cat(index), torch.cat(rows))
 
 

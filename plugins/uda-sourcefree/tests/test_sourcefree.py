@@ -17,10 +17,11 @@ from uda_sourcefree.neighbours import nearest
 from uda_sourcefree.notela import mutual, teacher_labels
 from uda_sourcefree.nrc import neighbour_agreement, reciprocity
 from uda_sourcefree.shot import centroid_labels
-from uda_sourcefree.shot_plus import rotated, sharpened, sure_half
+from uda_sourcefree.shot_plus import sharpened, sure_half
 
 import uda
 from uda.cli import main
+from uda.images import rotate
 from uda.testing import check_plugin, check_plugins_ddp
 
 CASES = [
@@ -142,7 +143,7 @@ def test_shot_plus_splits_each_class_by_entropy():
 
 def test_shot_plus_turns_and_sharpens():
     x = torch.randn(4, 2, 3, 3)
-    found = rotated(x, torch.tensor([0, 3, 1, 2]))
+    found = rotate(x, torch.tensor([0, 3, 1, 2]))
     for i, k in enumerate((0, 3, 1, 2)):
         np.testing.assert_array_equal(found[i], np.rot90(x[i].numpy(), k, (1, 2)))
     torch.testing.assert_close(sharpened(torch.tensor([[0.6, 0.4]]), 0.5), torch.tensor([[0.36, 0.16]]) / 0.52)

@@ -8,14 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from uda_selftraining.rotation import rotate
 
 import uda
 from uda.errors import check_choice
+from uda.images import rotate
 from uda.losses import classification_loss, entropy
 from uda.nn import full, no_autocast
-from uda.nn.bank import gather_domain
-from uda.passes import evaluating
+from uda.passes import evaluating, map_pool
 from uda_openset.unknown import UnknownClass, unknown_logit
 
 TURNS = 4
@@ -141,15 +140,8 @@ class ROS(UnknownClass):
         """Once, when the first stage is over: mark the target's samples as known or unknown."""
         if model.progress < self.split or self.scored:
             return
-        trainer, name, index, scores = model.trainer, model.target_name, [], []
-        with evaluating(model):
-            for batch in trainer.datamodule.pool_dataloader(name):
-                batch = trainer.strategy.batch_to_device(batch, model.device)
-                rows = model.owned_rows(batch["index"])
-                index.append(batch["index"][rows])
-                with trainer.precision_plugin.val_step_context():
-                    scores.append(self.look(model, batch["x"][rows]))
-        o, h = gather_domain(model.sizes[name], torch.cat(index), torch.cat(scores)).unbind(1)
+        with evaluating(model), model.trainer.precision_plugin.val_step_context():
+            o, h = map_pool(model, model.target_name, lambda x: self.look(model, x)).unbind(1)
         top = math.log(TURNS * model.num_classes) if self.entropy_scale == "log" else None
         n = normality(o, h, top)
         self.known.copy_(n >= n.mean())

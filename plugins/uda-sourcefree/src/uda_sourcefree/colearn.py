@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import uda
 from uda.data import Views
 from uda.losses import class_distributions, classification_loss
-from uda.nn import full, gather_domain, make_backbone, no_autocast
+from uda.nn import full, make_backbone, no_autocast
+from uda.passes import map_pool
 
 
 @torch.no_grad()
@@ -128,13 +129,8 @@ class CoLearn(uda.Plugin):
         self.log_later(labelled=kept.float().mean(), agree=(probs.argmax(1) == second.argmax(1)).float().mean())
 
     def _features(self, model: uda.UDA) -> Tensor:
-        network, trainer, index, rows = self._network[0].to(model.device), model.trainer, [], []
-        for batch in trainer.datamodule.pool_dataloader(model.target_name, self.views):
-            batch = trainer.strategy.batch_to_device(batch, model.device)
-            own = model.owned_rows(batch["index"])
-            index.append(batch["index"][own])
-            rows.append(network(batch["x"][own]).flatten(1).float())
-        return gather_domain(model.sizes[model.target_name], torch.cat(index), torch.cat(rows))
+        network = self._network[0].to(model.device)
+        return map_pool(model, model.target_name, lambda x: network(x).flatten(1).float(), self.views)
 
     @uda.hookimpl
     def pseudo_label(self, step: uda.Step) -> uda.PseudoLabels:

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Beta
 from torch.nn import functional as F
 
 import uda
@@ -14,6 +13,7 @@ from uda.data.samplers import UniformStream, derive_seed
 from uda.losses import class_distributions, entropy, information_maximisation, soft_cross_entropy
 from uda.nn import Bank, full, no_autocast
 from uda.step import DomainBatch
+from uda_sourcefree.mixing import mixed
 from uda_sourcefree.oracle import Oracle, class_ids, make_oracle
 
 SAMPLING = ("contrastive", "margin", "random")
@@ -209,17 +209,11 @@ class LFTL(uda.Plugin):
         step.labelled = DomainBatch(model, model.target_name, "labelled", {"x": x, "index": rows, "y": y}, step)
         step.joint.append(step.labelled)
         if self.mixup:
-            order = torch.randperm(size, device=x.device)
-            share = Beta(self.alpha, self.alpha).sample((size,)).to(x.device)
-            share = torch.maximum(share, 1 - share)
-            wide = share.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
-            soft = class_distributions(y, model.num_classes)
-            soft = share[:, None] * soft + (1 - share[:, None]) * soft[order]
-            data = {"x": wide * x + (1 - wide) * x[order], "index": rows}
-            mixed = DomainBatch(model, model.target_name, "labelled", data, step)
-            mixed.y = soft
-            step.joint.append(mixed)
-            step.cache[f"{self.key}.mixed"] = mixed
+            x, soft = mixed(x, class_distributions(y, model.num_classes), self.alpha)
+            pairs = DomainBatch(model, model.target_name, "labelled", {"x": x, "index": rows}, step)
+            pairs.y = soft
+            step.joint.append(pairs)
+            step.cache[f"{self.key}.mixed"] = pairs
 
     @uda.hookimpl
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
@@ -230,8 +224,8 @@ class LFTL(uda.Plugin):
         if self.persistence_weight:
             known = self.memory.features[: int(self.state[0])]
             out["persistence"] = self.persistence_weight * persistence(step.target.features, known)
-        if (mixed := step.cache.get(f"{self.key}.mixed")) is not None:
-            out["mixup"] = self.mixup * soft_cross_entropy(mixed.logits, mixed.y)
+        if (pairs := step.cache.get(f"{self.key}.mixed")) is not None:
+            out["mixup"] = self.mixup * soft_cross_entropy(pairs.logits, pairs.y)
         return out
 
     @uda.hookimpl

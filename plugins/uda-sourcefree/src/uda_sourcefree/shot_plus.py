@@ -8,25 +8,21 @@ import torch
 from torch import Tensor, nn
 
 import uda
-from uda.losses import classification_loss
+from uda.images import rotate
+from uda.losses import class_distributions, classification_loss, entropy
 from uda.nn import full
+from uda_sourcefree.mixing import mixed
 from uda_sourcefree.shot import SHOT
 
 
-def rotated(x: Tensor, turns: Tensor) -> Tensor:
-    """Images ``[B, C, H, H]``, each turned by ``turns`` ``[B]`` quarters of a circle."""
-    every = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])
-    return every[turns, torch.arange(len(x), device=x.device)]
-
-
 @torch.no_grad()
-def sure_half(labels: Tensor, entropy: Tensor, share: float = 0.5) -> Tensor:
+def sure_half(labels: Tensor, uncertainty: Tensor, share: float = 0.5) -> Tensor:
     """Mask ``[N]`` of the samples whose entropy is among the smallest ``share`` of their predicted class.
 
     Args:
-        labels: predicted classes ``[N]``; entropy: of the predictions ``[N]``.
+        labels: predicted classes ``[N]``; uncertainty: entropy of the predictions ``[N]``.
     """
-    order = torch.argsort(entropy, stable=True)
+    order = torch.argsort(uncertainty, stable=True)
     order = order[torch.argsort(labels[order], stable=True)]  # by class, and by entropy in each
     counts = torch.bincount(labels)
     start = (counts.cumsum(0) - counts)[labels[order]]
@@ -121,9 +117,9 @@ class SHOTPlusPlus(SHOT):
             return
         if model.progress < self.second_step:
             return super().refresh(model, bank)
-        log_p = full(bank.target.logits).log_softmax(1)
-        self.labels.copy_(log_p.argmax(1))
-        self.sure.copy_(sure_half(self.labels, -(log_p.exp() * log_p).sum(1), self.share))
+        logits = full(bank.target.logits)
+        self.labels.copy_(logits.argmax(1))
+        self.sure.copy_(sure_half(self.labels, entropy(logits), self.share))
         self.started.fill_(True)
 
     @uda.hookimpl
@@ -135,7 +131,7 @@ class SHOTPlusPlus(SHOT):
         if self.rotation:
             target = step.target
             turns = torch.randint(4, (len(target),), device=target.x.device)
-            turned = step.model.batch(rotated(target.x, turns)).features
+            turned = step.model.batch(rotate(target.x, turns)).features
             logits = self.turns(torch.cat([target.features.detach(), turned], 1))
             out["rotation"] = self.rotation * classification_loss(logits, turns)
         return out
@@ -146,14 +142,9 @@ class SHOTPlusPlus(SHOT):
         with torch.no_grad():
             views = [full(target.logits).softmax(1), full(target.view("weak").logits).softmax(1)]
             guess = sharpened(sum(views) / 2, self.temperature)
-            known = nn.functional.one_hot(self.labels[target.index], guess.shape[1]).to(guess.dtype)
+            known = class_distributions(self.labels[target.index], guess.shape[1], guess.dtype)
             y = torch.where(sure[:, None], known, guess)
-            share = torch.distributions.Beta(self.mixing, self.mixing).sample((len(y),)).to(y)
-            share = torch.maximum(share, 1 - share)  # each row stays mostly itself
-            partner = torch.randperm(len(y), device=y.device)
-            y = share[:, None] * y + (1 - share[:, None]) * y[partner]
-            wide = share.view(-1, *[1] * (target.x.ndim - 1)).to(target.x.dtype)
-            x = wide * target.x + (1 - wide) * target.x[partner]
+        x, y = mixed(target.x, y, self.mixing)
         logits = model.batch(x).logits
         gap = (full(logits).softmax(1) - y).square().mean(1)
         ramp = min(1.0, (step.progress - self.second_step) / max(1 - self.second_step, 1e-8))
