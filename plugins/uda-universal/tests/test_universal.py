@@ -8,7 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from uda_universal import CMU, DANCE, PPOT, UAN, OVANet, UniOT
+from uda_universal import CMU, DANCE, DCC, PPOT, UAN, MemSPM, OVANet, UniOT
 from uda_universal.dance import entropy_separation, neighbourhood_entropy
 from uda_universal.ovanet import OneVsAllHead, one_vs_all_losses, pair_entropy
 
@@ -196,4 +196,8 @@ def test_dance_plugin():
 
 @pytest.mark.slow
 def test_under_two_processes():
-    check_plugins_ddp([(cls, {"init_args": options}) for cls, options in CASES])
+    clustered = [
+        (DCC, {"refresh_every": 2}),
+        (MemSPM, {"refresh_every": 2, "items": 6, "subs": 2, "top": 3}),
+    ]
+    check_plugins_ddp([(cls, {"init_args": options}) for cls, options in [*CASES, *clustered]])
