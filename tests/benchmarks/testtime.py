@@ -12,6 +12,7 @@ A figure is the accuracy of the predictions made on arrival, averaged over the s
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import sys
@@ -36,16 +37,29 @@ from uda.metrics.names import MEASURES
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("UDA_SHARED_DATA", ROOT.parent / "shared" / "data"))
-#: Published settings (CIFAR-10-C for TENT, ETA and SAR); a method that is not named here joins with its defaults.
+#: Published settings for CIFAR-10-C, defaults otherwise; a method that is not named here joins by its class name with
+#: its defaults. Digits are not mirrored in views.
 METHODS: dict[str, tuple[str, dict]] = {
     "source": ("Source", {}),
     "bn_statistics": ("BNStatistics", {}),
     "bn_mixed": ("BNStatistics", {"source_weight": 0.9}),
     "tent": ("TENT", {"lr": 1e-3}),
     "eta": ("ETA", {"lr": 1e-3}),
+    "eata": ("EATA", {"lr": 1e-3}),
     "sar": ("SAR", {"lr": 1e-3}),
+    "core": ("Core", {"lr": 1e-3}),
     "lame": ("LAME", {}),
+    "rotta": ("RoTTA", {}),
+    "roid": ("ROID", {}),
+    "santa": ("SANTA", {}),
+    "rmt": ("RMT", {}),
+    "cotta": ("CoTTA", {}),
+    "petal": ("PETAL", {}),
+    "adacontrast": ("AdaContrast", {}),
+    "memo": ("MEMO", {}),
 }
+#: Samples of each shift in streams that would take too long, by suite and batch size.
+SHORTER: dict[tuple[str, int], int] = {("digits", 1): 200, ("pacs_features", 1): 200, ("mnist", 1): 100}
 SETTINGS = ("reset", "continual", "correlated")
 BATCHES = (64, 16, 1)
 MEAN, STD = 0.5, 0.25  # of pixels, the same for every image suite
@@ -130,6 +144,7 @@ class Suite:
     def __init__(self, folder: Path, name: str, net: nn.Module, source: tuple[Tensor, Tensor], shifts: list[Shift],
                  limit: int, epochs: int, augment: Callable | None = None, images: bool = True) -> None:  # fmt: skip
         self.name, self.net, self.source, self.shifts, self.limit = name, net, source, shifts, limit
+        self.mirrored = augment is not None
         self.scale = {"mean": MEAN, "std": STD} if images else {}
         file = folder / f"{name}.pt"
         if file.is_file():
@@ -216,11 +231,15 @@ SUITES: dict[str, Callable[[Path], Suite]] = {
 # ---------------------------------------------------------------------------------------------------- walks
 
 
-def adapter_of(suite: Suite, name: str, arguments: dict, seed: int, folder: Path) -> Adapter:
+def adapter_of(suite: Suite, method: str, seed: int, folder: Path) -> Adapter:
     """Made ready from a file, which is written at the first time."""
-    out = Adapter(suite.net, method_class(name)(**arguments), seed=seed, **suite.scale)
+    name, arguments = METHODS.get(method, (method, {}))
+    kind = method_class(name)
+    if "flip" in inspect.signature(kind).parameters:
+        arguments = {"flip": suite.mirrored, **arguments}
+    out = Adapter(suite.net, kind(**arguments), seed=seed, **suite.scale)
     if not out.ready:
-        file = folder / f"{suite.name}_{name}.ready"
+        file = folder / f"{suite.name}_{method}.ready"
         if not file.is_file():
             out.prepare(SourceSamples(*suite.source))
             out.save_prepared(file)
@@ -231,16 +250,17 @@ def adapter_of(suite: Suite, name: str, arguments: dict, seed: int, folder: Path
 
 def walked(suite: Suite, method: str, setting: str, size: int, seed: int, folder: Path) -> dict:
     """One record of the ledger."""
-    name, arguments = METHODS.get(method, (method, {}))
-    stream = Stream(suite.shifts, setting, size, seed, limit=suite.limit)
+    stream = Stream(suite.shifts, setting, size, seed, limit=SHORTER.get((suite.name, size), suite.limit))
+    adapter = adapter_of(suite, method, seed, folder)
     start = time.perf_counter()
-    figures = Walk(adapter_of(suite, name, arguments, seed, folder), stream).run().figures()
+    figures = Walk(adapter, stream).run().figures()
     return {
         "suite": suite.name, "task": f"{suite.name} {setting} {size}", "method": method, "seed": seed,
         "key": f"{suite.name}/{setting}/{size}/{method}/{seed}", "status": "finished", "select_by": None,
         "metrics": {next(iter(MEASURES)): {"last": round(1 - figures["oracle_shift_mean_error"] / 100, 6)}},
         "scores": {}, "seconds": round(time.perf_counter() - start, 3), "updates": figures["updates"],
-        "rollbacks": figures["rollbacks"], "samples": figures["samples"], "arguments": arguments,
+        "rollbacks": figures["rollbacks"], "samples": figures["samples"],
+        "arguments": METHODS.get(method, (method, {}))[1],
         "by_shift": {k: round(1 - v / 100, 4) for k, v in figures["oracle_error_by_shift"].items()},
     }  # fmt: skip
 
