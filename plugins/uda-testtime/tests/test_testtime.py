@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from uda_testtime import ETA, LAME, SAR, TENT, Adapter, BNStatistics, Guard, Source, lame
+from uda_testtime.reliable import top_layers
 from uda_testtime.streams import stream_order
 from uda_testtime.surgery import mix_statistics
 
@@ -85,6 +86,33 @@ def test_sar_is_its_formula(net, batches):
     assert torch.allclose(a.parameters[1], theta[1])
     assert a.state["loss"] == pytest.approx(average)
     assert Adapter(net(), SAR(recovery=9.0, margin=0.9))(batches(1)[0]) is not None
+
+
+def test_sar_leaves_layers_near_the_output_alone():
+    resnet = [f"net.layer{i}.{j}.bn1" for i in (1, 2, 3, 4) for j in (0, 1)]
+    assert top_layers(resnet) == ["net.layer4.0.bn1", "net.layer4.1.bn1"]
+    vit = ["patch_embed.norm", *(f"blocks.{i}.norm1" for i in range(12)), "norm"]
+    assert top_layers(vit) == ["blocks.9.norm1", "blocks.10.norm1", "blocks.11.norm1", "norm"]
+    swin = [f"layers.{i}.blocks.{j}.norm1" for i in (0, 1) for j in range(12)]
+    assert top_layers(swin) == swin[18:]
+    assert top_layers(["0", "1", "2"]) == []
+
+    def small():
+        layers = [nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4)) for _ in range(4)]
+        return nn.Sequential(*layers, nn.Linear(4, 3))
+
+    for options, trained in (({}, 6), ({"skip": []}, 8), ({"skip": ["0", "2.1"]}, 5), ({"skip_last": 0.5}, 4)):
+        a = Adapter(small(), SAR(lr=0.1, margin=2.0, recovery=0, **options))
+        assert len(a.parameters) == 2 * trained
+        start = a.snapshot()["parameters"]
+        a(torch.randn(8, 4))
+        assert a.updates == 1
+        assert any(not torch.equal(p, q) for p, q in zip(a.parameters, start, strict=True))
+    for bad, told in ((["4"], "is named '4'"), (["0", "1", "2", "3"], "leaves no")):
+        with pytest.raises(UDAError, match=told):
+            Adapter(small(), SAR(skip=bad))
+    with pytest.raises(UDAError, match="share"):
+        SAR(skip_last=1.0)
 
 
 def test_lame_is_its_formula():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uda.errors import UDAError
@@ -57,10 +57,16 @@ class TENT(Method):
 
     def attach(self, a: Adapter) -> None:
         """Batch statistics, and an optimiser over scale and shift."""
+        parameters = self.trained(a.net)  # before the surgery, which keeps the layers but renames them
         mix_statistics(a, self.source_weight)
-        if not (parameters := norm_parameters(a.net)):
-            raise UDAError("TENT: the model has no normalisation layer with scale and shift to train.")
+        if not parameters:
+            who = type(self).__name__
+            raise UDAError(f"{who}: the model has no normalisation layer with scale and shift to train.")
         a.train_parameters(parameters, self.optimizer, self.lr)
+
+    def trained(self, net: nn.Module) -> list[nn.Parameter]:
+        """What is trained of the source model."""
+        return norm_parameters(net)
 
     def step(self, a: Adapter, x: Tensor) -> Tensor:
         """Logits, then one step on their mean entropy."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,9 +73,15 @@ def replace_modules(
 
 
 def undo(net: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Put the layers of one surgery back: they are the objects that they were."""
+    """Put the layers of one surgery back: they are the objects that they were.
+
+    What took a layer's place and has a method ``fold()`` writes into the layer first what it can of what it learned.
+    """
     for name, layer in layers.items():
         parent, _, last = name.rpartition(".")
+        fold = getattr(net.get_submodule(name), "fold", None)
+        if callable(fold):
+            fold()
         setattr(net.get_submodule(parent), last, layer)
 
 
@@ -89,7 +95,12 @@ def mix_statistics(a: Adapter, source_weight: float) -> int:
     return a.replace(has_statistics, lambda layer: MixedNorm(layer, source_weight))
 
 
-def norm_parameters(net: nn.Module) -> list[nn.Parameter]:
-    """Scale and shift of all normalisation layers."""
-    layers = [m for m in net.modules() if isinstance(m, NORMS)]
+def norm_layers(net: nn.Module) -> dict[str, nn.Module]:
+    """Normalisation layers by name, in the order of the modules: towards the output, as a rule."""
+    return {n: m for n, m in net.named_modules() if isinstance(m, NORMS)}
+
+
+def norm_parameters(net: nn.Module, skip: Collection[str] = ()) -> list[nn.Parameter]:
+    """Scale and shift of all normalisation layers but those named in ``skip``."""
+    layers = [m for n, m in norm_layers(net).items() if n not in skip]
     return [p for m in layers for p in (m.weight, m.bias) if p is not None]
