@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from uda.data.datamodule import DataModule
     from uda.data.domains import BadImage, DomainData, FileInputs, Inputs, TensorInputs
     from uda.data.generated import Digits, Generated
+    from uda.data.halves import Halves
     from uda.data.readers import ImageFolders, ImageLists, Reader
     from uda.data.samplers import valid_rows
+    from uda.data.sentences import Sentences
     from uda.data.several import Several
     from uda.data.tensor_views import FeatureViews, TensorViews
     from uda.data.texts import Texts
@@ -34,11 +36,13 @@ _WHERE = {
     "FeatureViews": "tensor_views",
     "FileInputs": "domains",
     "Generated": "generated",
+    "Halves": "halves",
     "ImageFolders": "readers",
     "ImageLists": "readers",
     "ImageViews": "views",
     "Inputs": "domains",
     "Reader": "readers",
+    "Sentences": "sentences",
     "Several": "several",
     "TensorInputs": "domains",
     "TensorViews": "tensor_views",
@@ -57,11 +61,13 @@ __all__ = [
     "FeatureViews",
     "FileInputs",
     "Generated",
+    "Halves",
     "ImageFolders",
     "ImageLists",
     "ImageViews",
     "Inputs",
     "Reader",
+    "Sentences",
     "Several",
     "TensorInputs",
     "TensorViews",

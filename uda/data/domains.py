@@ -47,6 +47,33 @@ class Inputs(ABC):
         """Row order that depends on contents, never on where a label put a row; None: as stored."""
         return None
 
+    def take(self, rows: np.ndarray) -> Inputs:
+        """The inputs at ``rows`` (int64 [M], each once) alone, numbered anew."""
+        return _Taken(self, rows)
+
+
+class _Taken(Inputs):
+    """Some rows of other inputs."""
+
+    def __init__(self, inputs: Inputs, rows: np.ndarray) -> None:
+        self.inputs, self.rows, self.kind = inputs, rows, inputs.kind
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fetch(self, rows: Tensor) -> Tensor | list[Any]:
+        """Inputs at ``rows`` (int64 [B])."""
+        return self.inputs.fetch(torch.from_numpy(self.rows)[rows])
+
+    def order(self) -> np.ndarray | None:
+        """That of the whole, without the rows that are left out."""
+        whole = self.inputs.order()
+        if whole is None:
+            return None
+        rank = np.empty(len(whole), dtype=np.int64)
+        rank[whole] = np.arange(len(whole))
+        return np.argsort(rank[self.rows])
+
 
 class TensorInputs(Inputs):
     """Rows of one tensor; uint8 images are kept as they are and scaled to [0, 1] when fetched.
@@ -111,6 +138,10 @@ class FileInputs(Inputs):
     def fetch(self, rows: Tensor) -> list[Any]:
         """B images."""
         return [self.load(int(r)) for r in rows]
+
+    def take(self, rows: np.ndarray) -> FileInputs:
+        """The files at ``rows``."""
+        return FileInputs(self.paths[rows], self.by_content)
 
     def order(self) -> np.ndarray | None:
         """By file size, then by content on equal sizes: moving files among class folders changes nothing."""
