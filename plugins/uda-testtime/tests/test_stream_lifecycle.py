@@ -11,6 +11,7 @@ from uda_testtime.core import Core
 from uda_testtime.cotta import CoTTA
 from uda_testtime.eata import EATA
 from uda_testtime.memo import MEMO
+from uda_testtime.meta_dmoe import MetaDMoE
 from uda_testtime.petal import PETAL
 from uda_testtime.rmt import RMT
 from uda_testtime.roid import ROID
@@ -24,6 +25,7 @@ LIVELY = [
     RMT(warmup=48, batch_size=24, lr=0.1), RoTTA(lr=0.1, capacity=9, every=10), MEMO(lr=0.1, views=3), Core(lr=0.1),
     SANTA(lr=0.1), PETAL(lr=0.1, views=2, threshold=2.0, batch_size=24, momentum=0.9),
     AdaContrast(lr=0.1, refine_after=20),
+    MetaDMoE(support=20, batch_size=24, heads=3, epochs=1, expert_epochs=1, aggregator_epochs=1, inner_lr=0.5),
 ]  # fmt: skip
 
 
@@ -64,7 +66,8 @@ def test_reset_and_resume_are_exact_and_the_generator_is_the_own(method, tmp_pat
      (SANTA(lr=0), BNStatistics()), (SANTA(anchor=0, contrast=0), BNStatistics()), (Core(lr=0), BNStatistics(0.9)),
      (Core(weight=0), BNStatistics(0.9)), (RoTTA(lr=0, rate=0, every=8), Source()),
      (PETAL(lr=0, threshold=0), BNStatistics()), (AdaContrast(lr=0, statistics="source"), Source()),
-     (MEMO(lr=0, views=2, source_weight=1.0), Source())],
+     (MEMO(lr=0, views=2, source_weight=1.0), Source()),
+     (MetaDMoE(inner_lr=0, epochs=0, support=8, heads=3, expert_epochs=1, aggregator_epochs=0), Source())],
 )  # fmt: skip
 def test_without_effect_it_is_the_base_prediction(method, base, net, batches, ready):
     a, b = ready(method), Adapter(net(), base)

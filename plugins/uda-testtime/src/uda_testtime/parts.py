@@ -64,10 +64,18 @@ def seeded(a: Adapter) -> Iterator[None]:
         yield
 
 
+def feature_size(a: Adapter, who: str) -> tuple[int, int]:
+    """Number of features and of classes, ``D`` and ``C``, of the classifier; ``who`` needs them, for the message."""
+    head = a.net.get_submodule(a.head)
+    if isinstance(head, nn.Linear):
+        return head.in_features, head.out_features
+    c, d = class_vectors(head, who).shape
+    return d, c
+
+
 def add_projector(a: Adapter, width: int) -> list[nn.Parameter]:
     """``a.extra["projector"]``, Linear-ReLU-Linear from the features to ``width``, 0: none; its parameters."""
-    head = a.net.get_submodule(a.head)
-    d = head.in_features if isinstance(head, nn.Linear) else class_vectors(head, "The projector").shape[1]
+    d, _ = feature_size(a, "The projector")
     with seeded(a):
         layers = [nn.Linear(d, width), nn.ReLU(), nn.Linear(width, width)] if width else []
     dtype = next(a.net.parameters()).dtype

@@ -75,3 +75,14 @@ class SourceSamples:
         fields = {k: v for k in ("x", "y", "domain") if (v := getattr(self, k)) is not None}
         for rows in order.split(size):
             yield {k: v[rows] for k, v in fields.items()}
+
+    def domain_batches(self, size: int, generator: Generator) -> Iterator[dict[str, Tensor]]:
+        """As many batches as one pass has, each of one domain: episodes. Domains come with equal chance.
+
+        No sample occurs twice in a batch; that of a domain with fewer than ``size`` samples is smaller.
+        """
+        members = [(self.domain == d).nonzero().flatten() for d in self.domain.unique()]
+        for _ in range(max(1, len(self) // size)):
+            rows = members[int(torch.randint(len(members), (), generator=generator))]
+            rows = rows[torch.randperm(len(rows), generator=generator)[:size]]
+            yield {"x": self.x[rows], "domain": self.domain[rows], **({} if self.y is None else {"y": self.y[rows]})}
