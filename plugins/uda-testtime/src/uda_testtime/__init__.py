@@ -16,8 +16,30 @@ from uda_testtime.roid import ROID
 from uda_testtime.rotta import RoTTA
 from uda_testtime.santa import SANTA
 from uda_testtime.source import SourceSamples
+from uda_testtime.vida import ViDA
 
 __all__ = [
-    "EATA", "ETA", "LAME", "MEMO", "PETAL", "RMT", "ROID", "SANTA", "SAR", "TENT", "AdaContrast", "Adapter",
-    "BNStatistics", "CoTTA", "Core", "Guard", "Method", "RoTTA", "Source", "SourceSamples", "TestTime", "lame",
+    "EATA",
+    "ETA",
+    "LAME",
+    "MEMO",
+    "PETAL",
+    "RMT",
+    "ROID",
+    "SANTA",
+    "SAR",
+    "TENT",
+    "AdaContrast",
+    "Adapter",
+    "BNStatistics",
+    "CoTTA",
+    "Core",
+    "Guard",
+    "Method",
+    "RoTTA",
+    "Source",
+    "SourceSamples",
+    "TestTime",
+    "ViDA",
+    "lame",
 ]  # fmt: skip
