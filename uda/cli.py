@@ -72,6 +72,18 @@ def report(error: Exception) -> None:
     print(f"\nuda: error{where}: {error}", file=sys.stderr, flush=True)
 
 
+def run(argv: list[str]) -> int:
+    """The help, the version, or a command by its name; its exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version", "version"):
+        print(f"uda {uda.__version__}")
+        return 0
+    built_in = importlib.import_module(COMMANDS[argv[0]].module).main if argv[0] in COMMANDS else None
+    return (built_in or installed.find(argv[0], COMMANDS))(argv) or 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command.
 
@@ -79,16 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         0 on success, 2 on bad input, 130 after Ctrl-C; other exceptions pass, with traceback and exit code 1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0 if argv else 2
-    if argv[0] in ("-V", "--version", "version"):
-        print(f"uda {uda.__version__}")
-        return 0
     try:
-        name = argv[0]
-        built_in = importlib.import_module(COMMANDS[name].module).main if name in COMMANDS else None
-        code = (built_in or installed.find(name, COMMANDS))(argv) or 0
+        code = run(argv)
         sys.stdout.flush()  # here, where a closed pipe can still be handled
         return code
     except KeyboardInterrupt:
