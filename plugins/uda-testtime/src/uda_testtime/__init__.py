@@ -8,6 +8,7 @@ from uda_testtime.eata import EATA
 from uda_testtime.memo import MEMO
 from uda_testtime.method import Guard, Method
 from uda_testtime.methods import LAME, TENT, BNStatistics, Source, lame
+from uda_testtime.note import NOTE
 from uda_testtime.petal import PETAL
 from uda_testtime.plugin import TestTime
 from uda_testtime.reliable import ETA, SAR
@@ -19,6 +20,6 @@ from uda_testtime.source import SourceSamples
 from uda_testtime.vida import ViDA
 
 __all__ = [
-    "EATA", "ETA", "LAME", "MEMO", "PETAL", "RMT", "ROID", "SANTA", "SAR", "TENT", "AdaContrast", "Adapter",
+    "EATA", "ETA", "LAME", "MEMO", "NOTE", "PETAL", "RMT", "ROID", "SANTA", "SAR", "TENT", "AdaContrast", "Adapter",
     "BNStatistics", "CoTTA", "Core", "Guard", "Method", "RoTTA", "Source", "SourceSamples", "TestTime", "ViDA", "lame",
 ]  # fmt: skip

@@ -54,10 +54,11 @@ class Method:
 
     #: keeps nothing from batch to batch, so that several processes give the same results as one
     averages: ClassVar[bool] = False
-    #: of the source, once before the stream: ``inputs``, ``labels`` with them, or ``domains`` as well
-    needs: ClassVar[Needs] = "nothing"
+    #: of the source, once before the stream: ``inputs``, ``labels`` with them, or ``domains`` as well; an object whose
+    #: arguments decide sets its own
+    needs: Needs = "nothing"
     #: the forward whose logits count
-    scored: ClassVar[str] = "before the update"
+    scored: str = "before the update"
 
     def attach(self, a: Adapter) -> None:
         """Change ``a.net`` and name what is trained, once before the stream."""

@@ -55,16 +55,17 @@ class RobustNorm(nn.Module):
 
 
 @contextmanager
-def learning(net: nn.Module) -> Iterator[None]:
-    """Inside, the net's robust layers move their statistics."""
+def learning(net: nn.Module, rate: float | None = None) -> Iterator[None]:
+    """Inside, the net's robust layers move their statistics, by ``rate`` or each by its own."""
     layers = [m for m in net.modules() if isinstance(m, RobustNorm)]
+    rates = [m.rate for m in layers]
     for m in layers:
-        m.learning = True
+        m.learning, m.rate = True, m.rate if rate is None else rate
     try:
         yield
     finally:
-        for m in layers:
-            m.learning = False
+        for m, own in zip(layers, rates, strict=True):
+            m.learning, m.rate = False, own
 
 
 def place(
