@@ -15,6 +15,24 @@ def _net() -> nn.Module:
     return out.eval()
 
 
+class ResidualBlock(nn.Module):
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.GroupNorm(2, b))
+        self.skip = nn.Conv2d(a, b, 1)
+
+    def forward(self, x):
+        return torch.relu(self.body(x) + self.skip(x))
+
+
+def _images() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=2, padding=1), ResidualBlock(4, 4), ResidualBlock(4, 6),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    ).eval()  # fmt: skip
+
+
 def _batches(n: int = 5) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(1)
     return [2 * torch.randn(16, 4, generator=g, dtype=torch.float64) - 1 for _ in range(n)]
@@ -36,6 +54,12 @@ def _ready(method, **options) -> Adapter:
 def net():
     """``net()``: always the same."""
     return _net
+
+
+@pytest.fixture
+def images():
+    """``images()``: always the same net, convolutional with residual blocks, for images of 8x8."""
+    return _images
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Methods that put parts into a net: ViDA's adapters, BECoTTA's experts, RNA's modulation, written out again."""
+"""Where parts go in a net, pseudo-domains of its source, and ViDA's adapters, written out again."""
 
 from __future__ import annotations
 
@@ -16,25 +16,6 @@ from uda.errors import UDAError
 
 def soft(z):
     return z.exp() / z.exp().sum(1, keepdim=True)
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, a: int, b: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.GroupNorm(2, b))
-        self.skip = nn.Conv2d(a, b, 1)
-
-    def forward(self, x):
-        return torch.relu(self.body(x) + self.skip(x))
-
-
-def images() -> nn.Module:
-    """A convolutional net with residual blocks, for images of 8x8."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, stride=2, padding=1), ResidualBlock(4, 4), ResidualBlock(4, 6),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
-    ).eval()  # fmt: skip
 
 
 class SelfAttention(nn.Module):
@@ -61,11 +42,11 @@ class Tokens(nn.Module):
         return self.head(self.norm(t + self.attention(t)).mean(1))
 
 
-def test_layers_are_found_by_their_kind():
+def test_layers_are_found_by_their_kind(images):
     net = images()
     assert list(hidden_layers(net, "5")) == ["0", "1.body.0", "1.skip", "2.body.0", "2.skip"]
     assert list(residual_blocks(net, "5")) == ["1", "2"]
-    assert list(residual_blocks(nn.ModuleDict({"RB": ResidualBlock(2, 2)}), "RB.skip")) == []
+    assert list(residual_blocks(net, "2.skip")) == ["1"]
     assert list(norm_layers(net)) == ["1.body.1", "2.body.1"]
     assert [width(m) for m in (net[0], net[1], net[2], nn.LayerNorm([3, 5]), nn.BatchNorm1d(7), nn.ReLU())] == [
         4, 4, 6, 5, 7, 0
@@ -87,8 +68,6 @@ def test_pseudo_domains_are_of_the_given_generator(kind):
     assert torch.equal(torch.get_rng_state(), before)
     assert len(ROWS) == len(PIXELS)
 
-
-# --------------------------------------------------------------------------------------------------- ViDA
 
 
 def test_disagreement_is_its_formula():
@@ -191,7 +170,7 @@ def test_vida_sits_at_attention_where_there_is_any_and_folds_into_the_model():
     assert torch.equal(model(x), before)
 
 
-def test_vida_on_images_and_what_it_refuses(ready):
+def test_vida_on_images_and_what_it_refuses(images):
     a = Adapter(images(), ViDA(lr=0.01, views=2, epochs=1, batch_size=4))
     x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     a.prepare(SourceSamples(x, torch.arange(6) % 3))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from uda_testtime import Adapter, BNStatistics, Source
 from uda_testtime.adacontrast import AdaContrast
+from uda_testtime.becotta import BECoTTA
 from uda_testtime.core import Core
 from uda_testtime.cotta import CoTTA
 from uda_testtime.eata import EATA
@@ -28,6 +29,7 @@ LIVELY = [
     SANTA(lr=0.1), PETAL(lr=0.1, views=2, threshold=2.0, batch_size=24, momentum=0.9),
     AdaContrast(lr=0.1, refine_after=20), NOTE(lr=0.1, capacity=9, every=10, epochs=1, batch_size=24),
     ViDA(lr=0.1, adapter_lr=0.1, views=2, momentum=0.9, adapter_momentum=0.8, epochs=1, source_lr=0.1),
+    BECoTTA(lr=0.1, margin=2.0, epochs=2, source_lr=0.1),
     MetaDMoE(support=20, batch_size=24, heads=3, epochs=1, expert_epochs=1, aggregator_epochs=1, inner_lr=0.5),
 ]  # fmt: skip
 
@@ -70,6 +72,7 @@ def test_reset_and_resume_are_exact_and_the_generator_is_the_own(method, tmp_pat
      (Core(weight=0), BNStatistics(0.9)), (RoTTA(lr=0, rate=0, every=8), Source()),
      (PETAL(lr=0, threshold=0), BNStatistics()), (AdaContrast(lr=0, statistics="source"), Source()),
      (ViDA(lr=0, adapter_lr=0, views=2, epochs=0), BNStatistics()), (ViDA(weight=0, views=2, epochs=0), BNStatistics()),
+     (BECoTTA(lr=0, epochs=0), Source()), (BECoTTA(weight=0, epochs=0), Source()),
      (MEMO(lr=0, views=2, source_weight=1.0), Source()),
      (MetaDMoE(inner_lr=0, epochs=0, support=8, heads=3, expert_epochs=1, aggregator_epochs=0), Source())],
 )  # fmt: skip
@@ -87,7 +90,8 @@ def test_rmt_without_effect_is_twice_the_base(net, batches, ready):
         assert all(torch.equal(a(x), 2 * b(x)) for x in batches(3))
 
 
-@pytest.mark.parametrize("method", [ROID(lr=0.05, momentum=1.0), Core(lr=0.02), EATA(margin=2.0, redundancy=2.0)])
+@pytest.mark.parametrize("method", [ROID(lr=0.05, momentum=1.0), Core(lr=0.02), EATA(margin=2.0, redundancy=2.0),
+                                    BECoTTA(lr=0.02, margin=2.0)])  # fmt: skip
 def test_predictions_grow_more_certain(method, batches, ready):
     a, x = ready(method), batches()[0]
     first = torch.special.entr(a(x).softmax(1)).sum(1).mean()

@@ -2,6 +2,7 @@
 
 from uda_testtime.adacontrast import AdaContrast
 from uda_testtime.adapter import Adapter
+from uda_testtime.becotta import BECoTTA
 from uda_testtime.core import Core
 from uda_testtime.cotta import CoTTA
 from uda_testtime.eata import EATA
@@ -21,5 +22,6 @@ from uda_testtime.vida import ViDA
 
 __all__ = [
     "EATA", "ETA", "LAME", "MEMO", "NOTE", "PETAL", "RMT", "ROID", "SANTA", "SAR", "TENT", "AdaContrast", "Adapter",
-    "BNStatistics", "CoTTA", "Core", "Guard", "Method", "RoTTA", "Source", "SourceSamples", "TestTime", "ViDA", "lame",
+    "BECoTTA", "BNStatistics", "CoTTA", "Core", "Guard", "Method", "RoTTA", "Source", "SourceSamples", "TestTime",
+    "ViDA", "lame",
 ]  # fmt: skip
