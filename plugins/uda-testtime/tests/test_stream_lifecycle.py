@@ -16,6 +16,7 @@ from uda_testtime.meta_dmoe import MetaDMoE
 from uda_testtime.note import NOTE
 from uda_testtime.petal import PETAL
 from uda_testtime.rmt import RMT
+from uda_testtime.rna import RNA
 from uda_testtime.roid import ROID
 from uda_testtime.rotta import RoTTA
 from uda_testtime.santa import SANTA
@@ -29,7 +30,7 @@ LIVELY = [
     SANTA(lr=0.1), PETAL(lr=0.1, views=2, threshold=2.0, batch_size=24, momentum=0.9),
     AdaContrast(lr=0.1, refine_after=20), NOTE(lr=0.1, capacity=9, every=10, epochs=1, batch_size=24),
     ViDA(lr=0.1, adapter_lr=0.1, views=2, momentum=0.9, adapter_momentum=0.8, epochs=1, source_lr=0.1),
-    BECoTTA(lr=0.1, margin=2.0, epochs=2, source_lr=0.1),
+    BECoTTA(lr=0.1, margin=2.0, epochs=2, source_lr=0.1), RNA(epochs=2, lr=0.1),
     MetaDMoE(support=20, batch_size=24, heads=3, epochs=1, expert_epochs=1, aggregator_epochs=1, inner_lr=0.5),
 ]  # fmt: skip
 
@@ -72,7 +73,7 @@ def test_reset_and_resume_are_exact_and_the_generator_is_the_own(method, tmp_pat
      (Core(weight=0), BNStatistics(0.9)), (RoTTA(lr=0, rate=0, every=8), Source()),
      (PETAL(lr=0, threshold=0), BNStatistics()), (AdaContrast(lr=0, statistics="source"), Source()),
      (ViDA(lr=0, adapter_lr=0, views=2, epochs=0), BNStatistics()), (ViDA(weight=0, views=2, epochs=0), BNStatistics()),
-     (BECoTTA(lr=0, epochs=0), Source()), (BECoTTA(weight=0, epochs=0), Source()),
+     (BECoTTA(lr=0, epochs=0), Source()), (BECoTTA(weight=0, epochs=0), Source()), (RNA(lr=0), Source()),
      (MEMO(lr=0, views=2, source_weight=1.0), Source()),
      (MetaDMoE(inner_lr=0, epochs=0, support=8, heads=3, expert_epochs=1, aggregator_epochs=0), Source())],
 )  # fmt: skip

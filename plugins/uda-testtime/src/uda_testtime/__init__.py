@@ -14,6 +14,7 @@ from uda_testtime.petal import PETAL
 from uda_testtime.plugin import TestTime
 from uda_testtime.reliable import ETA, SAR
 from uda_testtime.rmt import RMT
+from uda_testtime.rna import RNA
 from uda_testtime.roid import ROID
 from uda_testtime.rotta import RoTTA
 from uda_testtime.santa import SANTA
@@ -21,7 +22,7 @@ from uda_testtime.source import SourceSamples
 from uda_testtime.vida import ViDA
 
 __all__ = [
-    "EATA", "ETA", "LAME", "MEMO", "NOTE", "PETAL", "RMT", "ROID", "SANTA", "SAR", "TENT", "AdaContrast", "Adapter",
-    "BECoTTA", "BNStatistics", "CoTTA", "Core", "Guard", "Method", "RoTTA", "Source", "SourceSamples", "TestTime",
-    "ViDA", "lame",
+    "EATA", "ETA", "LAME", "MEMO", "NOTE", "PETAL", "RMT", "RNA", "ROID", "SANTA", "SAR", "TENT", "AdaContrast",
+    "Adapter", "BECoTTA", "BNStatistics", "CoTTA", "Core", "Guard", "Method", "RoTTA", "Source", "SourceSamples",
+    "TestTime", "ViDA", "lame",
 ]  # fmt: skip
