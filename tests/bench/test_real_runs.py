@@ -101,6 +101,22 @@ def test_runs_then_a_bad_one_then_nothing_to_do(suite, capfd):
     assert main(["bench", "table", str(LEDGER)]) == 0
 
 
+def test_a_run_starts_from_the_checkpoint_of_another(suite):
+    methods = {
+        "adapted": {"plugins": {"refine": {"class_path": "SHOT"}}, "init_from": "plain", "source": None},
+        "plain": {},
+    }
+    path = suite(methods=methods, seeds=[0], overrides={"trainer.enable_checkpointing": False})
+    assert main(["bench", "run", path, "--workers", "2"]) == 0
+    plain, adapted = Ledger(LEDGER).read()
+    assert (plain["method"], adapted["method"]) == ("plain", "adapted")
+    assert adapted["config"]["model"]["init_from"] == f"plain/{plain['key']}/last.ckpt"
+    assert "source" not in adapted["config"]["data"]
+    (log,) = Path("runs/bench/real/s-t/adapted").glob("*.log")
+    assert "taken from last.ckpt" in log.read_text()
+    assert str(Path.cwd()) not in LEDGER.read_text()
+
+
 def test_a_forked_run_equals_a_run_by_hand(suite, tmp_path):
     assert main(["bench", "run", suite(seeds=[1]), "--only", "dann"]) == 0
     (line,) = Ledger(LEDGER).read()

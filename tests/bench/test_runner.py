@@ -8,7 +8,8 @@ import pytest
 from uda.bench.claims import Claims
 from uda.bench.launch import Outcome, prepare
 from uda.bench.ledger import Ledger
-from uda.bench.runner import duration, estimate, listing, run_all
+from uda.bench.listing import duration, estimate, listing
+from uda.bench.runner import run_all
 from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.errors import UDAError
 

@@ -21,7 +21,7 @@ SETTINGS = ("partial", "open", "universal")
 TASKS = {
     "amazon": 6, "digits": 4, "domainnet": 30, "imbalanced": 6, "office31": 6, "office_caltech": 6, "office_home": 12,
     "pacs_features": 6, "pacs_images": 6, "selection_digits": 4, "selection_office_caltech": 6, "visda": 1,
-    "partial": 6, "open": 6, "universal": 6, "multisource": 9, "multisource_digits": 5,
+    "partial": 6, "open": 6, "universal": 6, "multisource": 9, "multisource_digits": 5, "sourcefree": 6,
     "digits_partial": 3, "digits_open": 3, "digits_universal": 3,
     "office_caltech_partial": 6, "office_caltech_open": 6, "office_caltech_universal": 6,
 }  # fmt: skip
@@ -48,7 +48,7 @@ def test_suite_lists_its_runs(name, capsys, monkeypatch, tmp_path):
     elif (setting := name.rpartition("_")[2]) in SETTINGS:  # methods that cope, and two that do not as a warning
         assert set(suite.methods) >= {"source_only", "dann", "mcc"}
         assert {r.config["data"]["setting"] for r in suite.runs()} == {setting}
-    elif name not in ("imbalanced", "multisource", "multisource_digits"):  # studies of few methods
+    elif name not in ("imbalanced", "multisource", "multisource_digits", "sourcefree"):  # studies of few methods
         assert set(suite.methods) >= set(BASIC)
         assert len(suite.methods) >= 40
     assert len(suite.tasks) == TASKS[name]

@@ -137,6 +137,13 @@ def test_only_takes_patterns_and_parts(load):
         ({"threads": "two"}, "threads: a whole number"),
         ({"methods": ["dann.yaml"]}, "no file"),
         ({"base": "bose.yaml"}, "Did you mean 'base.yaml'"),
+        ({"methods": {"a": {}, "b": {"init_from": "aa"}}}, "methods.b.init_from: no method 'aa' in the suite. Did you"),
+        ({"methods": {"a": {"init_from": "b"}, "b": {"init_from": {"x.y": ["a"]}}}}, "in a circle: a -> b -> a"),
+        ({"methods": {"a": {"init_from": "a"}}}, "in a circle: a -> a"),
+        ({"methods": {"a": {}, "b": {"init_from": {"x.y": []}}}}, "methods.b.init_from: name a method"),
+        ({"methods": {"a": {}, "b": {"init_from": "a", "checkpoint": "best"}}}, "unknown checkpoint 'best'"),
+        ({"methods": {"a": {"checkpoint": "last"}}}, "there is no init_from"),
+        ({"methods": {"a": {"source": -1}}}, "methods.a.source: a whole number is needed"),
     ],
 )
 def test_a_slip_in_a_suite_is_named(load, changes, message):

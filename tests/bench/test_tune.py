@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -126,3 +127,13 @@ def test_search_spaces_of_each_form():
 def test_a_slip_is_named(write_suite, capsys, words, message):
     assert main(["bench", "tune", str(write_suite()), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_trials_share_the_run_that_they_start_from(fake, write_suite, tmp_path):
+    dann = {"align": {"class_path": "DANN", "init_args": {"weight": 1.0}}}
+    path = write_suite(methods={"plain": {}, "dann": {"plugins": dann, "init_from": "plain"}})
+    study = Study.of(path, "align", "im", method="dann", tasks=["a->b"], runs_dir=tmp_path / "tune", launch=fake)
+    for weight in (0.1, 0.2):
+        study.value({"weight": weight})
+    assert fake.done == ["a->b/plain/0", "a->b/dann/0", "a->b/dann/0"]
+    assert Path(fake.configs["a->b/dann/0"]["model"]["init_from"]).is_relative_to(tmp_path / "tune")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import collections
-import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from uda.bench import chain
 from uda.bench.claims import Claims
 from uda.bench.launch import Launch, forked, interrupt
 from uda.bench.ledger import Ledger
 from uda.bench.record import ledger_line
-from uda.bench.suite import Run
+from uda.bench.suite import Run, check_distinct
 from uda.errors import UDAError
 
 _POLL = 1.0  # seconds between two looks at runs that another process has
@@ -23,25 +23,16 @@ _POLL = 1.0  # seconds between two looks at runs that another process has
 
 @dataclass
 class Tally:
-    """What a call of :func:`run_all` did: labels by outcome; ``others`` were done by another process."""
+    """What a call of :func:`run_all` did: labels by outcome.
+
+    ``others`` were done by another process; ``skipped`` start from a run that did not finish.
+    """
 
     finished: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     interrupted: list[str] = field(default_factory=list)
-
-
-def check_distinct(runs: Iterable[Run]) -> None:
-    """Refuse a suite in which one run has two names: only one of them would ever appear in a table.
-
-    Raises:
-        UDAError: with both names.
-    """
-    seen: dict[str, str] = {}
-    for run in runs:
-        if run.key in seen:
-            raise UDAError(f"{seen[run.key]} and {run.label} are the same run (equal config and seed): take one out.")
-        seen[run.key] = run.label
+    skipped: list[str] = field(default_factory=list)
 
 
 def run_claimed(
@@ -52,6 +43,7 @@ def run_claimed(
     failures: int = 0,
     environment: dict[str, str] | None = None,
     stopped: threading.Event | None = None,
+    wanted: Collection[str] = (),
 ) -> dict[str, Any] | None:
     """Do a run and put it into the ledger, unless it is done or somebody else is at it.
 
@@ -62,21 +54,25 @@ def run_claimed(
         failures: how often it had failed before this call: one more, and another process has just tried.
         environment: further variables of the run's process.
         stopped: set when the suite is being stopped; a run that ends then is no failure.
+        wanted: checkpoints that other runs start from: a finished run that lacks one is made anew.
 
     Returns:
         The ledger line; None where the run was not done here.
     """
 
+    again = False
+
     def done() -> bool:
+        nonlocal again
         records = [r for r in ledger.read() if r["key"] == run.key]
-        failed = sum(r["status"] == "failed" for r in records)
-        return failed > failures or any(r["status"] == "finished" for r in records)
+        failed, again = sum(r["status"] == "failed" for r in records), any(r["status"] == "finished" for r in records)
+        return failed > failures or (again and chain.has_left(run, wanted))
 
     if not claims.take(run.key, done):
         return None
     with claims.beating(run.key):
         try:
-            outcome = launch(run, failures > 0, environment or {})
+            outcome = launch(run, failures > 0 or again, environment or {})
             if outcome.code and stopped is not None and stopped.is_set():
                 return {"status": "interrupted"}
             line = ledger_line(run, outcome)
@@ -99,7 +95,8 @@ def run_all(
 ) -> Tally:
     """Do all runs that the ledger lacks; failures are recorded and the rest goes on.
 
-    Runs that another process has claimed are waited for, and taken over if that process dies.
+    Runs that another process has claimed are waited for, and taken over if that process dies. A run that starts from
+    others waits for them, and is skipped where one of them does not finish.
 
     Args:
         runs: of a suite.
@@ -109,21 +106,30 @@ def run_all(
         gpus: devices that the workers take in turn (``CUDA_VISIBLE_DEVICES``); empty: as they are.
         tell_target: print the target accuracy of each run.
     """
+    runs = chain.with_firsts(runs)
     check_distinct(runs)
     finished, failures = ledger.finished(), ledger.failures()
-    queue = collections.deque(r for r in runs if r.key not in finished)
+    wanted = chain.wanted(runs, finished)
+    queue = collections.deque(chain.missing(runs, finished))
     total, tally, claims = len(queue), Tally(), Claims(ledger.path)
-    lock, stopped, waiting = threading.Lock(), threading.Event(), set()
+    lock, stopped, waiting, ended = threading.Lock(), threading.Event(), set(), set()
 
     def tell(run: Run, line: dict[str, Any] | None) -> None:
         status = "others" if line is None else line["status"]
         with lock:
             getattr(tally, status).append(run.label)
-            done = len(tally.finished) + len(tally.failed) + len(tally.others)
+            ended.add(run.key)
+            done = len(tally.finished) + len(tally.failed) + len(tally.others) + len(tally.skipped)
             print(
                 f"[{done:>{len(str(total))}}/{total}] {run.label}: {_told(run, line, tell_target)}",
                 flush=True,
             )
+
+    def postpone(run: Run) -> None:
+        queue.append(run)
+        waiting.add(run.key)
+        if all(r.key in waiting for r in list(queue)):
+            stopped.wait(_POLL)
 
     def work(number: int) -> None:
         environment = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
@@ -132,13 +138,18 @@ def run_all(
                 run = queue.popleft()
             except IndexError:
                 return
+            if run.starts and (lacking := chain.waits_for(run, now := ledger.finished())):
+                if lacking[0].key in ended:
+                    tell(run, {"status": "skipped", "why": chain.why_skipped(*lacking, now)})
+                else:
+                    postpone(run)
+                continue
             before = failures.get(run.key, 0)
-            line = run_claimed(run, ledger, claims, launch, before, environment, stopped)
+            line = run_claimed(
+                run, ledger, claims, launch, before, environment, stopped, wanted.get(run.key, ())
+            )
             if line is None and claims.holder(run.key) is not None:
-                queue.append(run)
-                waiting.add(run.key)
-                if all(r.key in waiting for r in list(queue)):
-                    stopped.wait(_POLL)
+                postpone(run)
                 continue
             if line is None and run.key not in ledger.finished() and ledger.failures().get(run.key, 0) <= before:
                 queue.append(run)  # its holder has died
@@ -187,59 +198,11 @@ def _told(run: Run, line: dict[str, Any] | None, target: bool) -> str:
         return "done by another process"
     if line["status"] == "interrupted":
         return "interrupted"
+    if line["status"] == "skipped":
+        return f"skipped: {line['why']}"
     if line["status"] == "failed":
         return f"FAILED, log in {run.folder}.log\n    " + "\n    ".join(line["error"].splitlines()[-3:])
     headline = line.get("headline", "target_accuracy")
     accuracy = (line["metrics"].get(headline) or {}).get("last")
     figure = "" if accuracy is None or not target else f", target {100 * accuracy:.1f}"
     return f"{line['wall_seconds']:.1f} s{figure}"
-
-
-def estimate(runs: Sequence[Run], records: Iterable[dict[str, Any]]) -> dict[str, float | None]:
-    """Seconds that each run will take, by key; None where nothing has finished yet.
-
-    The median of finished runs of the same task and method, else of the method, of the task, of all.
-    """
-    records = [r for r in records if r.get("status") == "finished" and r.get("wall_seconds")]
-    alike = (
-        lambda a, b: a["task"] == b.task and a["method"] == b.method,
-        lambda a, b: a["method"] == b.method,
-        lambda a, b: a["task"] == b.task,
-        lambda a, b: True,
-    )
-    out: dict[str, float | None] = {}
-    for run in runs:
-        found = next(filter(None, ([r["wall_seconds"] for r in records if f(r, run)] for f in alike)), None)
-        out[run.key] = statistics.median(found) if found else None
-    return out
-
-
-def duration(seconds: float) -> str:
-    """``1 h 05 min``, ``3 min 20 s``, ``8 s``."""
-    seconds = round(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-    return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
-
-
-def listing(runs: Sequence[Run], ledger: Ledger, workers: int = 1) -> str:
-    """What ``--dry-run`` prints: each run, whether it is finished, its time or an estimate, and the sum."""
-    check_distinct(runs)
-    records = ledger.read()
-    finished = {r["key"]: r for r in records if r.get("status") == "finished"}
-    failed = {r["key"] for r in records if r.get("status") == "failed"}
-    guess, lines, left, unknown = estimate(runs, records), [], 0.0, 0
-    for run in runs:
-        if run.key in finished:
-            lines.append(f"finished  {run.key}  {run.label}  ({duration(finished[run.key].get('wall_seconds', 0))})")
-            continue
-        seconds = guess[run.key]
-        unknown += seconds is None
-        left += seconds or 0.0
-        word = "failed" if run.key in failed else "to run"
-        about = "" if seconds is None else f"  (about {duration(seconds)})"
-        lines.append(f"{word:<8}  {run.key}  {run.label}{about}")
-    todo = sum(r.key not in finished for r in runs)
-    time_left = "no finished run to estimate the time from" if unknown else f"about {duration(left / workers)}"
-    lines.append(f"{len(runs)} runs, {len(runs) - todo} finished, {todo} to run" + (f": {time_left}" if todo else ""))
-    return "\n".join(lines)

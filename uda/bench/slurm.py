@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from uda.bench import chain
 from uda.bench.claims import Claims
 from uda.bench.launch import fresh
 from uda.bench.ledger import Ledger
-from uda.bench.runner import Tally, check_distinct, run_claimed
-from uda.bench.suite import Run
+from uda.bench.runner import Tally, run_claimed
+from uda.bench.suite import Run, check_distinct
 from uda.errors import UDAError
 
 #: what a job asks for where neither the suite nor the command line says; times in minutes
@@ -23,9 +24,9 @@ DEFAULTS = {
 }
 
 
-def job(run: Run, ledger: Path, failures: int) -> str:
+def job(run: Run, ledger: Path, failures: int, wanted: Collection[str] = ()) -> str:
     """Body of a job: the run, if nobody else has done it; the node itself writes to the ledger."""
-    line = run_claimed(run, Ledger(ledger), Claims(ledger), fresh, failures)
+    line = run_claimed(run, Ledger(ledger), Claims(ledger), fresh, failures, wanted=wanted)
     return "others" if line is None else line["status"]
 
 
@@ -36,7 +37,7 @@ def submit_all(
     cluster: str | None = None,
     wait: bool = True,
 ) -> Tally:
-    """Submit what the ledger lacks as one array.
+    """Submit what the ledger lacks as one array; runs that start from others as further arrays, when those are done.
 
     A job that dies without a line (time limit, node failure) is found missing by the next call.
 
@@ -46,7 +47,7 @@ def submit_all(
         options: of ``submitit``'s executor, over :data:`DEFAULTS`.
         cluster: ``slurm``, ``local`` (processes) or ``debug`` (in this process); None: slurm where there is
             one.
-        wait: for the jobs to end; else the tally is empty.
+        wait: for the jobs to end; else the tally is empty, and only the first array is submitted.
 
     Raises:
         UDAError: submitit is not installed, or an option that it does not know.
@@ -55,9 +56,9 @@ def submit_all(
         import submitit
     except ImportError as error:
         raise UDAError("--executor submitit needs the package submitit: pip install uda-lightning[slurm]") from error
+    runs = chain.with_firsts(runs)
     check_distinct(runs)
-    finished, failures = ledger.finished(), ledger.failures()
-    todo = [r for r in runs if r.key not in finished]
+    todo = chain.missing(runs, ledger.finished())
     tally = Tally()
     if not todo:
         return tally
@@ -69,12 +70,34 @@ def submit_all(
         executor.update_parameters(name=f"uda-{todo[0].suite}"[:40], **chosen)
     except (NameError, TypeError) as error:
         raise UDAError(f"slurm options of the suite: {error}") from error
-    path = ledger.path.absolute()
-    jobs = executor.map_array(job, todo, [path] * len(todo), [failures.get(r.key, 0) for r in todo])
+    while todo:
+        finished = ledger.finished()
+        ready = [r for r in todo if chain.waits_for(r, finished) is None]
+        if not ready:  # what they start from has been tried
+            for run in todo:
+                why = chain.why_skipped(*chain.waits_for(run, finished), finished)
+                print(f"{run.label}: skipped: {why}", flush=True)
+                tally.skipped.append(run.label)
+            break
+        todo = [r for r in todo if r not in ready]
+        _submit(executor, ready, ledger, chain.wanted(runs, finished), tally, wait)
+        if not wait:
+            if todo:
+                print(f"{len(todo)} runs start from these: call again when they are done", flush=True)
+            break
+    return tally
+
+
+def _submit(
+    executor: Any, runs: list[Run], ledger: Ledger, wanted: dict[str, set[str]], tally: Tally, wait: bool
+) -> None:
+    """One array, and its outcome."""
+    path, failures = ledger.path.absolute(), ledger.failures()
+    jobs = executor.map_array(
+        job, runs, [path] * len(runs), [failures.get(r.key, 0) for r in runs], [wanted.get(r.key, ()) for r in runs]
+    )
     print(f"submitted {len(jobs)} jobs: {jobs[0].job_id} ...", flush=True)
-    if not wait:
-        return tally
-    for run, handle in zip(todo, jobs, strict=True):
+    for run, handle in zip(runs, jobs if wait else [], strict=wait):
         try:
             status = handle.result()
         except Exception as error:  # the job itself died: say so, and go on with the others
@@ -82,4 +105,3 @@ def submit_all(
             print(f"{run.label}: job {handle.job_id}: {str(error).strip().splitlines()[-1]}", flush=True)
         getattr(tally, status).append(run.label)
         print(f"{run.label}: {status}", flush=True)
-    return tally

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from uda.bench import chain
 from uda.bench.merge import content_hash, expanded, merged, with_overrides
+from uda.bench.spec import check_keys, mapping, methods_of, read_yaml, seed_list, whole
 from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.errors import UDAError, nearest
 
@@ -18,7 +18,6 @@ _KEYS = (
     "name", "description", "runs_dir", "ledger", "base", "overrides", "tasks", "methods", "seeds",
     "select_by", "threads", "slurm",
 )  # fmt: skip
-_METHOD_KEYS = ("config", "plugins", "overrides")
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,9 @@ class Run:
     Attributes:
         config: complete, as written: variables are not expanded, so that its hash is the same on every
             machine.
-        key: hash of ``config``, seed and selection rule. A run is finished when the ledger has its key.
+        starts: what it takes from other runs, which are made before it (:mod:`uda.bench.chain`).
+        key: hash of ``config``, seed and selection rule, and the keys of those that it starts from. A run is
+            finished when the ledger has its key.
     """
 
     suite: str
@@ -39,11 +40,13 @@ class Run:
     config: dict[str, Any] = field(hash=False)
     runs_dir: Path = field(hash=False)
     threads: int = field(default=0, hash=False)
+    starts: tuple[chain.Start, ...] = field(default=(), hash=False)
 
     @property
     def key(self) -> str:
         """12 hex digits."""
-        return content_hash({**self.config, "seed_everything": self.seed, "select_by": self.select_by})
+        starts = {"starts": {s.setting: s.identity() for s in self.starts}} if self.starts else {}
+        return content_hash({**self.config, "seed_everything": self.seed, "select_by": self.select_by, **starts})
 
     @property
     def label(self) -> str:
@@ -56,9 +59,10 @@ class Run:
         return self.runs_dir / _safe(self.task) / _safe(self.method) / f"seed{self.seed}-{self.key}"
 
     def expanded(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """The config to run, and which strings came from variables."""
+        """The config to run, and which strings came from variables, or name checkpoints of other runs."""
         used: dict[str, str] = {}
-        return expanded(self.config, used), used
+        config = expanded(self.config, used)
+        return with_overrides(config, {s.setting: s.value(used) for s in self.starts}), used
 
 
 @dataclass
@@ -78,6 +82,7 @@ class Suite:
     threads: int = 0
     slurm: dict[str, Any] = field(default_factory=dict)
     description: str = ""
+    order: list[str] = field(default_factory=list)  # of methods in time
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None, **given: Any) -> Suite:
@@ -100,135 +105,110 @@ class Suite:
         suite = cls(
             name=name,
             tasks={
-                str(k): dict(_mapping(v or {}, f"{path}: task {str(k)!r}"))
-                for k, v in _mapping(spec.get("tasks"), f"{path}: tasks").items()
+                str(k): dict(mapping(v or {}, f"{path}: task {str(k)!r}"))
+                for k, v in mapping(spec.get("tasks"), f"{path}: tasks").items()
             },
-            methods=_methods(spec.get("methods"), path),
-            seeds=_seeds(given.get("seeds", spec.get("seeds", [0])), path),
+            methods=methods_of(spec.get("methods"), path),
+            seeds=seed_list(given.get("seeds", spec.get("seeds", [0])), path),
             runs_dir=runs_dir,
             ledger=Path(given.get("ledger") or spec.get("ledger") or runs_dir / "ledger.jsonl"),
             base=read_yaml(path.parent / spec["base"]) if spec.get("base") else {},
-            overrides=dict(_mapping(spec.get("overrides") or {}, f"{path}: overrides")),
+            overrides=dict(mapping(spec.get("overrides") or {}, f"{path}: overrides")),
             forced=dict(overrides or {}),
             select_by=str(spec.get("select_by", DEFAULT_SCORE)),
-            threads=_whole(spec.get("threads", 0), f"{path}: threads"),
-            slurm=dict(_mapping(spec.get("slurm") or {}, f"{path}: slurm")),
+            threads=whole(spec.get("threads", 0), f"{path}: threads"),
+            slurm=dict(mapping(spec.get("slurm") or {}, f"{path}: slurm")),
             description=str(spec.get("description", "")),
         )
         if not (suite.tasks and suite.methods and suite.seeds):
             raise UDAError(f"{path}: a suite needs at least one task, one method and one seed.")
+        suite.order = chain.in_order(suite.methods, str(path))
         return suite
 
     def config(self, task: str, method: str) -> dict[str, Any]:
         """Config of a run.
 
         In this order: base, the method's config and plugins, overrides of the suite, of the method, of the
-        task, and of the command line.
+        task, and of the command line; the method's ``source`` picks from those of the task. A method that others
+        start from writes checkpoints.
+
+        Raises:
+            UDAError: the task has no such source.
         """
         spec = self.methods[method]
         config = merged(self.base, spec.get("config") or {})
         if "plugins" in spec:  # given in the suite: they are all there are, not laid over those of the base
             config = merged(config, {"model": {}})
             config["model"]["plugins"] = spec["plugins"]
-        for overrides in (self.overrides, spec.get("overrides") or {}, self.tasks[task], self.forced):
+        for overrides in (self.overrides, spec.get("overrides") or {}, self.tasks[task]):
             config = with_overrides(config, overrides)
+        if "source" in spec:
+            config = with_overrides(config, {"data.source": _picked(config, spec["source"], f"{task}/{method}")})
+        config = with_overrides(config, self.forced)
         config.pop("seed_everything", None)
+        trainer = config.get("trainer") or {}
+        if trainer.get("enable_checkpointing") is False and any(method in self._firsts(m) for m in self.methods):
+            trainer["enable_checkpointing"] = True
         return config
 
+    def _firsts(self, method: str) -> list[str]:
+        """Methods that this one starts from."""
+        return [n for v in chain.settings_of(self.methods[method], method).values() for n in chain.listed(v)]
+
+    def run(self, task: str, method: str, seed: int) -> Run:
+        """One run, with those that it starts from."""
+        spec = self.methods[method]
+        starts = tuple(
+            chain.Start(
+                setting, tuple(self.run(task, name, seed) for name in chain.listed(names)),
+                spec.get("checkpoint", "last"), isinstance(names, list),
+            )
+            for setting, names in chain.settings_of(spec, method).items()
+        )  # fmt: skip
+        config = self.config(task, method)
+        return Run(self.name, task, method, seed, self.select_by, config, self.runs_dir, self.threads, starts)
+
     def runs(self, only: str | None = None) -> list[Run]:
-        """All runs, seeds outermost, so that a suite that is cut short has whole rows.
+        """All runs, seeds outermost, so that a suite that is cut short has whole rows; each after those it starts from.
 
         Args:
             only: shell pattern of ``task/method/seed``; a part of the label is enough where it has no
-                ``*?[``.
+                ``*?[``. Runs that these start from come with them.
 
         Raises:
             UDAError: the pattern fits none.
         """
-        out = []
-        for seed in self.seeds:
-            for task in self.tasks:
-                for method in self.methods:
-                    config = self.config(task, method)
-                    out.append(Run(self.name, task, method, seed, self.select_by, config, self.runs_dir, self.threads))
+        order = self.order or list(self.methods)
+        out = [self.run(task, method, seed) for seed in self.seeds for task in self.tasks for method in order]
         if only is None:
             return out
         pattern = only if set("*?[") & set(only) else f"*{only}*"
         kept = [r for r in out if fnmatch.fnmatch(r.label, pattern)]
         if not kept:
             raise UDAError(f"--only {only!r} fits no run. {nearest(only, (r.label for r in out))}")
-        return kept
+        return chain.with_firsts(kept)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+def check_distinct(runs: Iterable[Run]) -> None:
+    """Refuse a suite in which one run has two names: only one of them would ever appear in a table.
 
     Raises:
-        UDAError: no such file, no YAML, or no mapping.
+        UDAError: with both names.
     """
-    if not path.is_file():
-        near = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise UDAError(f"no file {str(path)!r}. {nearest(path.name, near)}")
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UDAError(f"{path} is no YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise UDAError(f"{path} must hold a mapping of settings.")
-    return data
+    seen: dict[str, str] = {}
+    for run in runs:
+        if run.key in seen:
+            raise UDAError(f"{seen[run.key]} and {run.label} are the same run (equal config and seed): take one out.")
+        seen[run.key] = run.label
 
 
-def _whole(value: Any, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise UDAError(f"{where}: a whole number is needed, not {value!r}.")
-    return value
-
-
-def _seeds(seeds: Any, path: Path) -> list[int]:
-    if not isinstance(seeds, list | tuple):
-        raise UDAError(f"{path}: seeds is a list of whole numbers such as [0, 1, 2], not {seeds!r}.")
-    return [_whole(seed, f"{path}: seeds") for seed in seeds]
-
-
-def check_keys(spec: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    """Raise a :class:`~uda.errors.UDAError` on a key that is none of ``known``."""
-    for key in spec:
-        if key not in known:
-            raise UDAError(f"{where}: unknown key {key!r}. {nearest(str(key), known)}")
-
-
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise UDAError(f"{where} must be a mapping of names, not {value!r}.")
-    return value
-
-
-def _methods(value: Any, path: Path) -> dict[str, dict[str, Any]]:
-    """Methods by name: a mapping, the name of a file that holds one and serves several suites, or a list of these."""
-    if isinstance(value, list):
-        return {name: spec for part in value for name, spec in _methods(part, path).items()}
-    if isinstance(value, str):
-        path = path.parent / value
-        return _methods(read_yaml(path), path)
-    return {
-        str(k): _method(v, f"{path}: methods.{k}", path.parent)
-        for k, v in _mapping(value, f"{path}: methods").items()
-    }
-
-
-def _method(value: Any, where: str, folder: Path) -> dict[str, Any]:
-    """A method: ``{config, plugins, overrides}``, or a config's file name alone; several are laid one over another."""
-    spec = {"config": value} if isinstance(value, str | list) else dict(_mapping(value or {}, where))
-    check_keys(spec, _METHOD_KEYS, where)
-    if isinstance(spec.get("config"), str | list):
-        names = [spec["config"]] if isinstance(spec["config"], str) else spec["config"]
-        spec["config"] = {}
-        for name in names:
-            spec["config"] = merged(spec["config"], read_yaml(folder / str(name)))
-    _mapping(spec.get("overrides") or {}, f"{where}.overrides")
-    if "plugins" in spec:
-        spec["plugins"] = dict(_mapping(spec["plugins"] or {}, f"{where}.plugins"))
-    return spec
+def _picked(config: Mapping[str, Any], source: int | None, where: str) -> Any:
+    """The task's source of this number; None: none."""
+    given = (config.get("data") or {}).get("source")
+    names = given if isinstance(given, list) else [] if given is None else [given]
+    if source is not None and source >= len(names):
+        raise UDAError(f"{where}: source {source} of the task is asked for, and it has {len(names)} (counted from 0).")
+    return None if source is None else names[source]
 
 
 def _safe(name: str) -> str:

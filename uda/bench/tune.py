@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from uda.bench import chain
 from uda.bench.launch import Launch, forked
 from uda.bench.ledger import Ledger
 from uda.bench.merge import with_overrides
 from uda.bench.record import read_summary
 from uda.bench.runner import run_all
-from uda.bench.suite import Run, Suite, read_yaml
+from uda.bench.spec import read_yaml
+from uda.bench.suite import Run, Suite
 from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.errors import UDAError, nearest
 
@@ -111,7 +113,7 @@ class Study:
             config = with_overrides(spec, overrides or {})
             config.pop("seed_everything", None)
             runs = [Run("tune", "config", source.stem, seed, score, config, folder) for seed in seeds]
-        runs = [dataclasses.replace(r, select_by=score, runs_dir=folder / "runs") for r in runs]
+        runs = [chain.replaced(r, select_by=score, runs_dir=folder / "runs") for r in runs]
         return cls(folder.name, runs, plugin, score, folder, launch)
 
     def _search_space(self) -> tuple[str, dict[str, Any]]:

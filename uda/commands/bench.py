@@ -97,27 +97,30 @@ def overrides(words: list[str]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """``uda bench run``."""
-    from uda.bench import runner
+    from uda.bench.listing import listing
+    from uda.bench.runner import run_all
 
     suite = Suite.load(
         args.suite, overrides(args.set), runs_dir=args.runs_dir, ledger=args.ledger, seeds=numbers(args.seeds)
     )
     runs, ledger = suite.runs(args.only), Ledger(suite.ledger)
     if args.dry_run:
-        print(runner.listing(runs, ledger, args.workers))
+        print(listing(runs, ledger, args.workers))
         return 0
     if args.executor == "submitit":
         from uda.bench.slurm import submit_all
 
         tally = submit_all(runs, ledger, suite.slurm, args.cluster, not args.no_wait)
     else:
-        tally = runner.run_all(runs, ledger, args.workers, gpus=[g for g in args.gpus.split(",") if g])
-    skipped = len(runs) - sum(map(len, (tally.finished, tally.failed, tally.others, tally.interrupted)))
+        tally = run_all(runs, ledger, args.workers, gpus=[g for g in args.gpus.split(",") if g])
+    here = (tally.finished, tally.failed, tally.interrupted, tally.skipped)
     done = f"{len(tally.finished)} runs finished, {len(tally.failed)} failed"
-    print(f"{done}, {skipped + len(tally.others)} were done before or elsewhere; ledger: {ledger.path}")
+    if tally.skipped:
+        done += f", {len(tally.skipped)} skipped (they start from one that did not finish)"
+    print(f"{done}, {len(runs) - sum(map(len, here))} were done before or elsewhere; ledger: {ledger.path}")
     if tally.failed:
         print(f"uda: failed: {', '.join(tally.failed)}", file=sys.stderr)
-    return 1 if tally.failed else 0
+    return 1 if tally.failed or tally.skipped else 0
 
 
 # ----------------------------------------------------------------------------------------------- table
