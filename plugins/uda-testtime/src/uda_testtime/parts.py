@@ -66,6 +66,8 @@ def seeded(a: Adapter) -> Iterator[None]:
 
 def feature_size(a: Adapter, who: str) -> tuple[int, int]:
     """Number of features and of classes, ``D`` and ``C``, of the classifier; ``who`` needs them, for the message."""
+    if a.head is None:
+        raise UDAError(f"{who}: the model has no Linear: name its classifier by Adapter(head=...).")
     head = a.net.get_submodule(a.head)
     if isinstance(head, nn.Linear):
         return head.in_features, head.out_features
@@ -103,7 +105,7 @@ def class_prototypes(a: Adapter, source: SourceSamples, batch_size: int) -> Tens
 def nearest_prototype(prototypes: Tensor, features: Tensor) -> Tensor:
     """Class ``[B]`` of the prototype ``[C, D]`` nearest by cosine to each row; a prototype of zeros is none."""
     with no_autocast(features), torch.no_grad():
-        cosine = F.normalize(full(features), dim=1) @ F.normalize(prototypes, dim=1).T
+        cosine = F.normalize(full(features), dim=1) @ F.normalize(full(prototypes), dim=1).T
         return cosine.masked_fill(prototypes.norm(dim=1) == 0, -torch.inf).argmax(1)
 
 

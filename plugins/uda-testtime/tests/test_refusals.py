@@ -1,0 +1,113 @@
+"""What no method may do silently: odd models, precisions, modes and inputs work, or are refused by name."""
+
+from __future__ import annotations
+
+import inspect
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from uda_testtime import Adapter, Method, SourceSamples
+from uda_testtime.registry import methods
+
+from uda.errors import UDAError
+
+#: Less of what costs time, where a method has it.
+QUICK = {"views": 2, "warmup": 0, "epochs": 1, "batch_size": 24, "steps": 1, "support": 8, "heads": 2}
+
+
+def quick(name: str) -> Method:
+    kind = methods()[name]
+    known = inspect.signature(kind).parameters
+    return kind(**{k: v for k, v in QUICK.items() if k in known})
+
+
+def small(norm: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 6), *([nn.BatchNorm1d(6)] if norm else []), nn.ReLU(), nn.Linear(6, 3)]
+    return nn.Sequential(*layers).eval()
+
+
+def samples() -> SourceSamples:
+    x = torch.randn(48, 4, generator=torch.Generator().manual_seed(3))
+    return SourceSamples(x, torch.arange(48) % 3, torch.arange(48) % 2)
+
+
+def made(name: str, net: nn.Module) -> Adapter:
+    a = Adapter(net, quick(name))
+    a.prepare(samples())
+    return a
+
+
+@pytest.fixture(params=sorted(methods()))
+def name(request):
+    return request.param
+
+
+def test_modes_precisions_and_inputs(name):
+    a, g = made(name, small()), torch.Generator().manual_seed(1)
+    x = torch.randn(8, 4, generator=g)
+    with torch.inference_mode():  # as Lightning's predict loop
+        assert a(x + 0).isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            assert a(x).isfinite().all()
+    with torch.autocast("cpu", torch.float16), pytest.raises(UDAError, match="bfloat16"):
+        a(x)
+    before = a.snapshot()
+    for bad, told in ((x[:0], "empty"), (x * float("nan"), "NaN"), (x / 0, "NaN or infinite"), (x[:, :3], "shape")):
+        with pytest.raises(UDAError, match=told):
+            a(bad)
+    after = a.snapshot()  # a refused batch has changed nothing
+    assert all(torch.equal(p, q) for p, q in zip(before["parameters"], after["parameters"], strict=True))
+    assert before["counts"] == after["counts"]
+
+
+@pytest.mark.parametrize("kind", ["no normalisation", "no parameters", "no linear head"])
+def test_models_without_the_layers_work_or_are_refused_by_name(name, kind):
+    """Nothing in between: no error from inside of a method, no logits that are not finite."""
+
+    class Cosine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.weight = nn.BatchNorm1d(4), nn.Parameter(torch.eye(3, 4))
+
+        def forward(self, x):
+            return self.norm(x) @ self.weight.T
+
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x[:, :3]
+
+    net = {"no normalisation": small(norm=False), "no parameters": Fixed(), "no linear head": Cosine().eval()}[kind]
+    try:
+        a = made(name, net)
+        out = [a(x) for x in torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(1))]
+    except UDAError:
+        return
+    assert all(z.shape == (8, 3) and z.isfinite().all() for z in out)
+
+
+def _two_ranks(rank: int, port: int) -> None:
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for name, kind in methods().items():
+        if kind.averages:
+            assert Adapter(small(), quick(name))(torch.randn(8, 4)).shape == (8, 3)
+        else:
+            with pytest.raises(UDAError, match=f"{name} would drift apart on several processes"):
+                Adapter(small(), quick(name))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_are_refused_unless_nothing_is_kept_between_batches():
+    averages = {n for n, kind in methods().items() if kind.averages}
+    assert {"Source", "BNStatistics", "LAME"} <= averages
+    assert not {"TENT", "CoTTA", "RoTTA"} & averages
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.start_processes(_two_ranks, (port,), 2, start_method="fork")  # a spawned process imports torch anew
