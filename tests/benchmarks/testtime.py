@@ -87,13 +87,13 @@ class Block(nn.Module):
         return F.relu(self.body(x) + self.skip(x))
 
 
-def resnet(kind: str, stem_stride: int = 2, channels: int = 3) -> nn.Module:
+def resnet(kind: str, stem_stride: int = 2, channels: int = 3, classes: int = 10) -> nn.Module:
     """ResNet-8: three blocks of 24, 48 and 96 channels."""
     w = (24, 48, 96)
     return nn.Sequential(
         nn.Conv2d(channels, w[0], 3, stem_stride, 1, bias=False), norm(kind, w[0]), nn.ReLU(),
         Block(kind, w[0], w[0], 1), Block(kind, w[0], w[1], 2), Block(kind, w[1], w[2], 2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w[2], 10),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w[2], classes),
     )  # fmt: skip
 
 
@@ -163,14 +163,15 @@ def cifar() -> tuple[np.ndarray, np.ndarray]:
 
 
 def cifar_suite(folder: Path, name: str, kind: str, severity: int = 5) -> Suite:
-    """2,000 images to train on; 400 others, corrupted in 15 ways, as the stream."""
+    """2,000 images of four classes to train on; 400 others, corrupted in 15 ways, as the stream."""
     x, y = cifar()
     torch.manual_seed(0)
     shifts = [
         Shift(c, pixels(corrupt_images(x[2000:2400], c, severity, cache=folder)), y[2000:2400]) for c in CORRUPTIONS
     ]
     source = pixels(x[:2000]), torch.from_numpy(y[:2000])
-    return Suite(folder, name, resnet(kind), source, shifts, 200, 30, shifted)
+    net = resnet(kind, classes=int(y.max()) + 1)
+    return Suite(folder, name, net, source, shifts, 200, 30, shifted)
 
 
 def digits_suite(folder: Path) -> Suite:
