@@ -11,6 +11,7 @@ from uda_testtime.becotta import BECoTTA
 from uda_testtime.core import Core
 from uda_testtime.cotta import CoTTA
 from uda_testtime.eata import EATA
+from uda_testtime.lsa import LSA
 from uda_testtime.memo import MEMO
 from uda_testtime.meta_dmoe import MetaDMoE
 from uda_testtime.note import NOTE
@@ -29,6 +30,7 @@ LIVELY = [
     RMT(warmup=48, batch_size=24, lr=0.1), RoTTA(lr=0.1, capacity=9, every=10), MEMO(lr=0.1, views=3), Core(lr=0.1),
     SANTA(lr=0.1), PETAL(lr=0.1, views=2, threshold=2.0, batch_size=24, momentum=0.9),
     AdaContrast(lr=0.1, refine_after=20), NOTE(lr=0.1, capacity=9, every=10, epochs=1, batch_size=24),
+    LSA("CoTTA", {"lr": 0.1, "views": 2, "threshold": 2.0}, "prior", steps=20, adapter_lr=0.05),
     ViDA(lr=0.1, adapter_lr=0.1, views=2, momentum=0.9, adapter_momentum=0.8, epochs=1, source_lr=0.1),
     BECoTTA(lr=0.1, margin=2.0, epochs=2, source_lr=0.1), RNA(epochs=2, lr=0.1),
     MetaDMoE(support=20, batch_size=24, heads=3, epochs=1, expert_epochs=1, aggregator_epochs=1, inner_lr=0.5),

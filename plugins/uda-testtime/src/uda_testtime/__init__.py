@@ -6,6 +6,7 @@ from uda_testtime.becotta import BECoTTA
 from uda_testtime.core import Core
 from uda_testtime.cotta import CoTTA
 from uda_testtime.eata import EATA
+from uda_testtime.lsa import LSA
 from uda_testtime.memo import MEMO
 from uda_testtime.method import Guard, Method
 from uda_testtime.methods import LAME, TENT, BNStatistics, Source, lame
@@ -22,7 +23,7 @@ from uda_testtime.source import SourceSamples
 from uda_testtime.vida import ViDA
 
 __all__ = [
-    "EATA", "ETA", "LAME", "MEMO", "NOTE", "PETAL", "RMT", "RNA", "ROID", "SANTA", "SAR", "TENT", "AdaContrast",
+    "EATA", "ETA", "LAME", "LSA", "MEMO", "NOTE", "PETAL", "RMT", "RNA", "ROID", "SANTA", "SAR", "TENT", "AdaContrast",
     "Adapter", "BECoTTA", "BNStatistics", "CoTTA", "Core", "Guard", "Method", "RoTTA", "Source", "SourceSamples",
     "TestTime", "ViDA", "lame",
 ]  # fmt: skip

@@ -59,7 +59,7 @@ class MEMO(Method):
         source_weight: share of the source's BatchNorm statistics (16/17 for ImageNet's ResNet-50).
     """
 
-    scored = "after the update of the sample"
+    episodic, scored = True, "after the update of the sample"
 
     def __init__(
         self, lr: float = 0.005, optimizer: str = "sgd", weight: float = 1.0, views: int = 32, steps: int = 1,

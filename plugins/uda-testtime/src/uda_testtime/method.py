@@ -54,6 +54,8 @@ class Method:
 
     #: keeps nothing from batch to batch, so that several processes give the same results as one
     averages: ClassVar[bool] = False
+    #: returns to the start of the stream within a step, for each sample
+    episodic: ClassVar[bool] = False
     #: of the source, once before the stream: ``inputs``, ``labels`` with them, or ``domains`` as well; an object whose
     #: arguments decide sets its own
     needs: Needs = "nothing"
