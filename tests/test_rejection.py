@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 
 import uda
-from uda.rejection import Reject, energy, normalised_entropy
+from uda.rejection import Reject, energy, normalised_entropy, otsu
 from uda.testing import check_plugin
 
+OPEN_BLOBS = {"setting": "open", "classes": {"known": 2, "target_private": 1}, "seed": 0}
 OPEN = {"classes": {"known": ["a", "b"], "target_private": ["c"]}}
 
 
@@ -36,6 +39,8 @@ def test_measures_by_hand():
         ({"measure": "entropi"}, "entropy"),
         ({"measure": "energy"}, "give threshold or quantile"),
         ({"threshold": 0.5, "quantile": 0.5}, "not both"),
+        ({"quantile": 0.5, "split": True}, "not both"),
+        ({"measure": "confidence", "split": True}, "entropy or energy"),
         ({"quantile": 1.0}, "between 0 and 1"),
         ({"measure": "energy", "threshold": 1.0, "temperature": 0.0}, "positive"),
     ],
@@ -102,6 +107,34 @@ def test_quantile_is_that_of_the_source():
     assert int(found.unknown.sum()) == 10
     with pytest.raises(uda.UDAError, match="source-free"):
         uda.UDA(torch.nn.Identity(), {"r": Reject(quantile=0.9)}, num_classes=3, input_shape=[6], sizes={})
+
+
+def test_otsu_by_loops():
+    draw = np.random.default_rng(0)
+    for x in (np.r_[draw.normal(0, 1, 30), draw.normal(4, 0.5, 11)], draw.random(9), np.array([1.0, 2, 2, 2, 5])):
+        cuts = {(a + b) / 2 for a, b in pairwise(np.sort(x)) if a < b}
+        within = {t: sum(part.var() * len(part) for part in (x[x < t], x[x > t])) for t in cuts}  # least within: Otsu's
+        assert otsu(torch.tensor(x)) == pytest.approx(min(within, key=within.get))
+    assert otsu(torch.tensor([0.3, 0.3, 0.3], dtype=torch.float64)) == 0.3
+    assert otsu(torch.tensor([2.0])) == 2
+
+
+def test_split_is_that_of_the_target():
+    data = uda.DataModule(
+        uda.data.Generated("blobs", classes=3, n=90, features=6, seed=1), "source", "target", batch_size=30,
+        **OPEN_BLOBS,
+    )  # fmt: skip
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    model = uda.UDA("identity", {"r": Reject(split=True)}, bottleneck=0)
+    x = torch.randn(4, 6)
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", devices=1, **dict.fromkeys(off, False))
+    trainer.fit(model, data)
+    target = torch.cat([b["x"] for b in data.pool_dataloader("target")])
+    with torch.no_grad():
+        assert float(model.plugins["r"].limit) == pytest.approx(otsu(normalised_entropy(model(target))), abs=1e-6)
+        model.plugins["r"].limit.fill_(math.nan)
+        with pytest.raises(uda.UDAError, match="cut of the target is not known"):
+            model.predict_batch(model.batch(x))
 
 
 def test_plugin():

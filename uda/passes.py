@@ -139,3 +139,14 @@ def walk(model: UDA, name: str, role: str, loader: Any) -> DomainPool:
             y = batch.get("y")
             collector.add(batch["index"][rows], features[rows], logits[rows], None if y is None else y[rows])
     return collector.pool(model)
+
+
+def target_now(model: UDA) -> DomainPool | None:
+    """The target's training pool through the model as it is, without labels; None where no data module is at hand.
+
+    For the hook ``before_evaluation``: costs one pass over the target.
+    """
+    trainer = model._trainer
+    if trainer is None or trainer.sanity_checking or getattr(trainer, "datamodule", None) is None:
+        return None
+    return walk(model, model.target_name, "target", trainer.datamodule.pool_dataloader(model.target_name))

@@ -17,7 +17,7 @@ import uda
 from uda.testing import check_plugin
 
 SMALL = {
-    UAN: {"hidden": 16},
+    UAN: {"hidden": 16, "threshold": None},
     CMU: {"hidden": 16, "members": 3},
     PPOT: {"warmup": 0.0},
 }

@@ -12,7 +12,8 @@ from uda_adversarial.adversary import Adversary
 import uda
 from uda.losses import class_distributions, soft_cross_entropy
 from uda.nn import full, no_autocast
-from uda_universal.common import SETTINGS, marked, target_now, unit_range
+from uda.passes import target_now
+from uda_universal.common import SETTINGS, marked, unit_range
 
 
 def uncertainties(logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What several universal methods need: the whole target as the model sees it now, and a mark by a threshold."""
+"""What several universal methods need: a mark by a threshold, and values brought to [0, 1]."""
 
 from __future__ import annotations
 
@@ -8,20 +8,8 @@ import torch
 from torch import Tensor
 
 import uda
-from uda.passes import DomainPool, walk
 
 SETTINGS = ("closed", "partial", "open", "universal", "multi-source")
-
-
-def target_now(model: uda.UDA) -> DomainPool | None:
-    """The target's training pool through the model as it is, without labels; None where no data module is at hand.
-
-    For the hook ``before_evaluation``: costs one pass over the target.
-    """
-    trainer = model._trainer
-    if trainer is None or trainer.sanity_checking or getattr(trainer, "datamodule", None) is None:
-        return None
-    return walk(model, model.target_name, "target", trainer.datamodule.pool_dataloader(model.target_name))
 
 
 def marked(batch: uda.DomainBatch, prediction: uda.Prediction, score: Tensor, limit: float) -> uda.Prediction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,8 @@ from uda_adversarial.adversary import Adversary
 import uda
 from uda.losses import domain_adversarial_loss
 from uda.nn import DomainDiscriminator, full, no_autocast
-from uda.rejection import normalised_entropy
+from uda.passes import target_now
+from uda.rejection import known_limit, normalised_entropy, otsu
 from uda_universal.common import SETTINGS, marked, unit_range
 
 
@@ -37,22 +39,24 @@ class UAN(Adversary):
 
     A second domain classifier d', trained on constant features, tells how like the source a sample is. Weights:
     ``w_s = H(p_s) / log C - d'`` and ``w_t = d' - H(p_t) / log C``, constants, normalised over the batch. Inference:
-    unknown where ``w_t < threshold``.
+    unknown where ``w_t`` is below a threshold.
 
     Args:
-        threshold: w_0; the authors' code has -0.5 everywhere.
+        threshold: w_0; the authors' code has -0.5 everywhere. None: where the target's own ``w_t`` fall into two groups
+            (:func:`uda.rejection.otsu`), taken anew in each evaluation.
         temperature: of the source's softmax in its entropy, 10 in the authors' code, since the classifier is sure of
             all source samples.
         others: as in :class:`~uda_adversarial.adversary.Adversary`; both domain classifiers have this shape.
     """
 
     settings = SETTINGS
+    limit: Tensor
     search_space: ClassVar[dict[str, Any]] = {**Adversary.search_space, "temperature": [1.0, 3.0, 10.0]}
 
     def __init__(
         self,
         weight: float = 1.0,
-        threshold: float = -0.5,
+        threshold: float | None = -0.5,
         temperature: float = 10.0,
         gamma: float = 10.0,
         reversal: float = 1.0,
@@ -63,10 +67,11 @@ class UAN(Adversary):
         lr_scale: float = 1.0,
     ) -> None:
         super().__init__(weight, gamma, reversal, hidden, layers, batch_norm, dropout, lr_scale)
-        if not -1 <= threshold <= 1 or temperature <= 0:
+        if (threshold is not None and not -1 <= threshold <= 1) or temperature <= 0:
             raise uda.UDAError("UAN: threshold lies in [-1, 1], and temperature must be positive.")
         self.threshold, self.temperature = threshold, temperature
         self.judge: DomainDiscriminator | None = None
+        self.register_buffer("limit", torch.tensor(math.nan if threshold is None else -threshold))
 
     @uda.hookimpl
     def build(self, model: uda.UDA) -> None:
@@ -94,9 +99,20 @@ class UAN(Adversary):
             "judge": domain_adversarial_loss(at_source, at_target),
         }
 
+    def strangeness(self, features: Tensor, logits: Tensor) -> Tensor:
+        """The negative transferability ``[B]`` of ``[B, F]`` and ``[B, C]``."""
+        with no_autocast(features):
+            return -transferability(self.judge(full(features)).squeeze(1), logits)
+
+    @uda.hookimpl
+    def before_evaluation(self, model: uda.UDA) -> None:
+        """Without a threshold, where the target falls into two groups now."""
+        pool = target_now(model) if self.threshold is None else None
+        if pool is not None:
+            self.limit.fill_(otsu(self.strangeness(pool.features, pool.logits)))
+
     @uda.hookimpl
     def reject(self, model: uda.UDA, batch: uda.DomainBatch, prediction: uda.Prediction) -> uda.Prediction:
         """Unknown where the transferability is small."""
-        with no_autocast(batch.features):
-            found = transferability(self.judge(full(batch.features)).squeeze(1), batch.logits)
-        return marked(batch, prediction, -found, -self.threshold)
+        limit = known_limit(model, self.limit, "UAN: the cut of the target")
+        return marked(batch, prediction, self.strangeness(batch.features, batch.logits), limit)

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 import uda
 from uda.nn import Bank, CosineHead, full, gather_rows, no_autocast
 from uda.nn.heads import class_vectors
-from uda_universal.common import SETTINGS, target_now
+from uda.passes import target_now
+from uda_universal.common import SETTINGS
 from uda_universal.detection import adaptive_filling, confident, mass_of_rows, match
 
 
