@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from uda_universal.memory_view import draw, used_rows
 from uda_universal.memspm import address, first_memory, read
 
 import uda
+from uda.passes import DomainPool, Pools
 from uda.testing import check_plugin
 
 
@@ -84,11 +87,30 @@ def test_picture_and_bad_arguments(tmp_path):
             MemSPM(**options)
 
 
+def test_features_pass_until_the_encoder_has_learnt():
+    torch.manual_seed(0)
+    plugin, late = MemSPM(items=4, subs=2, top=2, picture=False), MemSPM(items=4, subs=2, top=2, warmup=0.5)
+    for p, progress in ((plugin, 0.0), (late, 0.0), (late, 0.6)):
+        model = uda.UDA(
+            "identity", {"align": p}, num_classes=2, input_shape=[6], source_names=["s"], sizes={"target": 20}
+        ).eval()
+        type(model).progress, before = property(lambda _, at=progress: at), type(model).progress
+        x = torch.randn(20, 6)
+        with torch.no_grad():
+            z = model.bottleneck(model.backbone(x))
+            pool = DomainPool("s", "source", z, model.head(z), torch.arange(20) % 2)
+            p.refresh(model=model, bank=Pools({"s": pool}, replace(pool, y=None)))
+            seen = model.batch(x).features
+        type(model).progress = before
+        assert bool(p.started) == (p is plugin or progress > 0.5)
+        assert torch.equal(seen, z) != bool(p.started)
+
+
 @pytest.mark.slow
 def test_known_classes_pass_through_the_memory(universal_fit):
     ends = []
     for rec_weight in (0.0, 0.5):
-        plugin = MemSPM(items=10, subs=3, refresh_every=20, rec_weight=rec_weight)
+        plugin = MemSPM(items=10, subs=3, refresh_every=20, rec_weight=rec_weight, warmup=0.3)
         _, _, figures = universal_fit({"align": plugin}, epochs=3, forward_mode="separate")
         assert figures["oracle/os_star"] > 0.8
         assert plugin.started

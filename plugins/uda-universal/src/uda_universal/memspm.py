@@ -27,8 +27,9 @@ class MemSPM(DCC):
     that sum alone, and matching, alignment and rejection on it are those of :class:`~uda_universal.dcc.DCC`; a decoder
     gives z, or the input, back: ``L = CE + weight * CDD + reg_weight * w(p) * L_reg + rec_weight * L_rec``.
 
-    The memory starts from a first look at the domains, before the first step. Sub-prototypes that no sample has
-    addressed since the last refresh are logged (``dead``, a share; ``alive``, a number). At the end of a fit
+    The memory starts from a look at the domains at the first refresh after ``warmup``; until then features pass as they
+    are, for looks of an encoder that has not learnt anything are none. Sub-prototypes that no sample has addressed
+    since the last refresh are logged (``dead``, a share; ``alive``, a number). At the end of a fit
     ``memory/subprototypes.png`` in the run's directory shows what each of the most used ones holds.
 
     Published details are few. What is not published is an option: ``top``, ``memory_start``, ``address_temperature``.
@@ -166,12 +167,12 @@ class MemSPM(DCC):
         """Fill the memory, the first time; then cluster what it gives."""
         source, y = (torch.cat([getattr(p, name) for p in bank.sources.values()]) for name in ("features", "y"))
         target = bank.target.features
-        if not self.started:
+        if not self.started and model.progress >= self.warmup:
             look = source if self.memory_start == "source" else torch.cat([source, target])
             self.memory.data.copy_(first_memory(look, self.items, self.subs, model.base_seed))
             self.started.fill_(True)
             source, target = self.through(source), self.through(target)
-        elif self.used.any():
+        elif self.started and self.used.any():
             alive = (self.used > 0).sum().item()
             self.log_later(alive=float(alive), dead=1 - alive / self.used.numel())
             self.used.zero_()
@@ -181,7 +182,9 @@ class MemSPM(DCC):
     def align_features(self, step: uda.Step) -> dict[str, Tensor]:
         """Those of DCC on what the memory gives, and the reconstruction in both domains."""
         out = super().align_features(step)
-        if self.decoder is not None:
+        if not self.started:  # nothing to read yet, but each parameter takes part in each step
+            out["reconstruction"] = 0.0 * sum(full(p).sum() for p in self.parameters())
+        elif self.decoder is not None:
             parts = []
             for batch in (*step.sources.values(), step.target):
                 for z, seen, *_ in batch.cache[f"{self.key}.seen"]:
@@ -194,6 +197,8 @@ class MemSPM(DCC):
     def after_step(self, step: uda.Step) -> None:
         """Count which sub-prototypes were addressed."""
         super().after_step(step)
+        if not self.started:
+            return
         seen = [s for b in (*step.sources.values(), step.target) for s in b.cache.get(f"{self.key}.seen", ())]
         rows = gather_rows(torch.cat([(item * self.subs + sub)[weights > 0] for _, _, item, sub, weights in seen]))
         self.used += torch.bincount(rows, minlength=self.used.numel()).view_as(self.used)
