@@ -87,6 +87,14 @@ def test_settings_and_shifts(source, tmp_path):
     assert {"oracle_online_error", "seconds", "updates", "rollbacks"} <= set(batches[0])
 
 
+def test_a_config_may_hold_the_stream_and_the_command_line_wins(source, tmp_path):
+    stream = "--model.plugins.adapt.stream={setting: correlated, shifts: [source2, target], limit: 9, batch_size: 4}"
+    assert command(source, tmp_path / "out", stream, "--limit", "5") == 0  # batch_size is given there, too
+    found = json.loads((tmp_path / "out" / "stream.json").read_text())
+    assert (found["setting"], found["limit"], found["batch_size"]) == ("correlated", 5, 8)
+    assert [r["shift"] for r in rows(tmp_path / "out")] == ["source2"] * 5 + ["target"] * 5
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [
@@ -94,6 +102,7 @@ def test_settings_and_shifts(source, tmp_path):
         (["--model.plugins={}"], "TestTime"), (["--autocast", "float16"], "bfloat16"),
         (["--setting", "gradual"], "corruptions"), (["--model.init_from=none.ckpt"], "none.ckpt"),
         (["--corruptions", "fogg"], "Did you mean 'fog'"),
+        (["--model.plugins.adapt.stream={seting: mixed}"], "Did you mean 'setting'"),
     ],
 )  # fmt: skip
 def test_errors_come_before_the_stream(source, tmp_path, capsys, more, told):

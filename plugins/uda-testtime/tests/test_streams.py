@@ -203,3 +203,34 @@ def test_corrupted_domains_of_a_reader(tmp_path):
     assert hard.labels.tolist() == [0, 1, 2]
     with pytest.raises(UDAError, match="photo/contrast"):
         reader.read("photo/contrst")
+
+
+def test_corrupted_image_files(tmp_path):
+    """Files are resized, corrupted as arrays are, cached, and keep the order and ids of their paths."""
+    pytest.importorskip("corrupt_tta")
+    from PIL import Image
+    from uda_testtime.corruptions import Corruptions, corrupt_images
+
+    from uda.data import ImageFolders
+
+    for i, picture in enumerate(pictures(4)):
+        folder = tmp_path / "photo" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).resize((20 + i, 24)).save(folder / f"{i}.png")
+    files = ImageFolders(str(tmp_path))
+    clean, reader = files.read("photo"), Corruptions(files, 4, cache=str(tmp_path / ".cache"), size=16)
+    assert reader.read("photo").inputs.kind == "files"  # the clean domain is as it was
+    found = reader.read("photo/contrast")
+    assert found.labels.tolist() == clean.labels.tolist() == [0, 0, 1, 1]
+    assert list(found.ids) == list(clean.ids)
+    assert (found.inputs.order() == clean.inputs.order()).all()
+    resized = np.stack([np.asarray(clean.inputs.load(i).resize((16, 16))) for i in range(4)])
+    wanted = torch.from_numpy(corrupt_images(resized, "contrast", 4)).permute(0, 3, 1, 2) / 255
+    assert torch.equal(found.inputs.fetch(torch.arange(4)), wanted)
+    assert [p.name.split("-")[0] for p in (tmp_path / ".cache").iterdir()] == ["contrast"]
+    assert torch.equal(reader.read("photo/contrast").inputs.fetch(torch.arange(4)), wanted)
+    with pytest.raises(UDAError, match="give size"):
+        Corruptions(files).read("photo/fog")
+    (tmp_path / "photo" / "class0" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(UDAError, match=r"broken\.png"):
+        Corruptions(files, size=16).read("photo/fog")

@@ -26,8 +26,9 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
         "uda adapt", allow_abbrev=False,
         description="Walk a stream once: predict each batch, adapt to it, write predictions and running figures.",
-        epilog="--config FILE (also of the plugin TestTime), --model.init_from=CKPT and further settings as in "
-        "`uda fit`. Labels are read for the figures named oracle, and to order correlated streams.",
+        epilog="--config FILE (also of the plugin TestTime, whose `stream` may hold options), --model.init_from=CKPT "
+        "and further settings as in `uda fit`. Labels are read for the figures named oracle, and to order correlated "
+        "streams.",
     )  # fmt: skip
     out.add_argument("--setting", default="stored", help=(
         "stored (the target's own order, as `uda test` walks it), reset, continual, gradual, mixed, correlated, "
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> int:
         raise UDAError("uda adapt needs the source model: --model.init_from=CKPT")
     check_exists(path)
     plugin = _plugin(model)
+    args, _ = parser().parse_known_args([*_words(plugin.stream), *argv[1:]])
     name = type(plugin.method).__name__
     out = args.output or run_of_checkpoint(path) / "adapt" / f"{name}-{args.setting}"
     state, ready = out / "state.pt", Path(args.prepared or out / "ready.pt")
@@ -94,6 +96,15 @@ def main(argv: list[str]) -> int:
         return 0
     print(f"stopped after {walk.done} of {len(stream)} batches; go on: the same command with --resume --output {out}")
     return 75
+
+
+def _words(stream: dict[str, Any]) -> list[str]:
+    """A config's ``stream`` as options, before those of the command line, which win."""
+    words = []
+    for name, value in stream.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def _plugin(model: Any) -> Any:

@@ -8,11 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 import uda
-from uda.errors import UDAError
+from uda.errors import UDAError, nearest
 from uda_testtime.adapter import Adapter
 from uda_testtime.method import Guard, Method
 from uda_testtime.registry import method_class
 from uda_testtime.source import SourceSamples
+
+#: What ``stream`` may hold: options of ``uda adapt`` that say which stream is walked.
+STREAM = ("setting", "shifts", "corruptions", "severity", "cache", "batch_size", "order_seed", "delta", "limit")
 
 
 class TestTime(uda.Plugin):
@@ -28,6 +31,11 @@ class TestTime(uda.Plugin):
         prepared: file of :meth:`~uda_testtime.Adapter.save_prepared`, for methods that need source data once; None:
             they are made ready with the data module's sources.
         source_samples: at most so many of each source for that.
+        stream: options of ``uda adapt`` by name (``setting``, ``corruptions``, ``batch_size``, ...), which its command
+            line overrides; ``uda test`` and ``uda predict`` walk the target as it is.
+
+    Raises:
+        UDAError: an unknown method, argument of it, or option of a stream.
     """
 
     __test__ = False  # no test class, whatever its name
@@ -36,11 +44,15 @@ class TestTime(uda.Plugin):
     def __init__(
         self, method: str = "TENT", arguments: dict[str, Any] | None = None, guard: dict[str, float] | None = None,
         updates_per_batch: float | None = None, seed: int = 0, prepared: str | None = None, source_samples: int = 2000,
+        stream: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        if strange := [name for name in stream or {} if name not in STREAM]:
+            raise UDAError(f"TestTime: stream has no {strange[0]!r}. {nearest(strange[0], STREAM)}")
         self.method = method_class(method)(**(arguments or {}))
         self.guard, self.updates_per_batch = Guard(**guard) if guard is not None else None, updates_per_batch
         self.seed, self.prepared, self.source_samples = seed, prepared, source_samples
+        self.stream = dict(stream or {})
         self.__dict__["live"] = None  # an adapter belongs to a pass, not to a checkpoint
 
     @uda.hookimpl
