@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 from uda_testtime import Adapter, SourceSamples
+from uda_testtime.becotta import BECoTTA
 from uda_testtime.layers import hidden_layers, norm_layers, residual_blocks, told, width
+from uda_testtime.rna import RNA
 from uda_testtime.vida import ViDA, VidaLayer, disagreement
 from uda_testtime.warmup import PIXELS, ROWS, pixel_domain, row_domain
 
@@ -181,3 +183,16 @@ def test_vida_on_images_and_what_it_refuses(images):
             make()
     with pytest.raises(UDAError, match="no Linear or Conv2d beside"):
         Adapter(nn.Sequential(nn.Linear(4, 3)), ViDA())
+
+
+@pytest.mark.parametrize("method", [
+    ViDA(epochs=1, views=2, lr=0.1), BECoTTA(epochs=1, margin=2.0, lr=0.1), RNA(epochs=1, signal="prototypes"),
+])  # fmt: skip
+def test_a_file_of_what_was_prepared_starts_the_same_stream(method, tmp_path, net, batches, ready):
+    a = ready(method)
+    a.save_prepared(tmp_path / "ready.pt")
+    b = Adapter(net(), method, seed=9)
+    with pytest.raises(UDAError, match="made ready"):
+        b(batches()[0])
+    b.load_prepared(tmp_path / "ready.pt")
+    assert all(torch.equal(a(x), b(x)) for x in batches())
