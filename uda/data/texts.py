@@ -1,4 +1,4 @@
-"""Texts by domain, as rows of hashed words."""
+"""Texts by domain: files of a text and its label a line, and rows of hashed words made of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import glob
 import gzip
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,41 +20,28 @@ from uda.errors import UDAError
 _FIELD = "{domain}"
 
 
-def hashed_words(texts: Sequence[str], width: int = 2048, bigrams: bool = True) -> np.ndarray:
-    """Rows of length 1, ``[N, width]`` float32: counts of words, each in a column of its own hash (scikit-learn's).
+class TextLines(Reader):
+    """One file a domain, a JSON object a line with a text and its label; how a text becomes a row is the subclass's.
 
-    Words are lower-case runs of two or more letters or digits; ``bigrams``: pairs of neighbours as well. A hash gives
-    the column and a sign, so that words that share a column cancel out on average (Weinberger et al., ICML 2009).
-    Nothing is fitted: no text of one domain has a part in the rows of another.
-    """
-    from sklearn.feature_extraction.text import HashingVectorizer
-
-    words = HashingVectorizer(n_features=width, ngram_range=(1, 2 if bigrams else 1), dtype=np.float32)
-    return words.transform(texts).toarray()
-
-
-class Texts(Reader):
-    """One file a domain, a JSON object a line with a text and its label; rows of :func:`hashed_words`.
-
-    ``Texts("reviews/{domain}.jsonl.gz")`` finds the domains by their files. A domain none of whose lines has the label
-    is unlabelled. For features of a sentence encoder, compute them once and read them with
-    :class:`~uda.data.Arrays`.
+    ``reviews/{domain}.jsonl.gz`` finds the domains by their files. A domain none of whose lines has the label is
+    unlabelled.
 
     Args:
         path: a .jsonl or .jsonl.gz file; ``{domain}`` stands for the domain's name.
         text_key: key of the text; label_key: key of the label, text or a number.
-        width: columns; bigrams: pairs of neighbouring words as well.
     """
 
-    def __init__(
-        self, path: str, text_key: str = "text", label_key: str = "label", width: int = 2048, bigrams: bool = True
-    ) -> None:
+    def __init__(self, path: str, text_key: str = "text", label_key: str = "label") -> None:
         self.path = os.path.expanduser(str(path))
         if _FIELD not in self.path:
-            raise UDAError(f"Texts: put {_FIELD} into path, which stands for the domain's name; got {path!r}.")
-        if width < 1:
-            raise UDAError(f"Texts: width must be positive, not {width}.")
-        self.text_key, self.label_key, self.width, self.bigrams = text_key, label_key, width, bigrams
+            raise UDAError(
+                f"{type(self).__name__}: put {_FIELD} into path, which stands for the domain's name; got {path!r}."
+            )
+        self.text_key, self.label_key = text_key, label_key
+
+    @abstractmethod
+    def rows(self, texts: Sequence[str], file: str) -> np.ndarray:
+        """Features ``[N, F]`` float32 of the texts of a file."""
 
     def domains(self) -> list[str]:
         """Names of the domains."""
@@ -64,6 +53,19 @@ class Texts(Reader):
         """Read one domain."""
         self._known(domain, f"{self.path!r}")
         path = self.path.replace(_FIELD, domain)
+        texts, labels = self._lines(path)
+        if missing := [i for i, label in enumerate(labels) if label is None]:
+            if len(missing) < len(labels):
+                raise UDAError(
+                    f"{path!r}: {len(missing)} of {len(labels)} texts have no {self.label_key!r}, the first is text "
+                    f"{missing[0] + 1}. Give all of them one, or none for an unlabelled domain."
+                )
+            y, names = None, []
+        else:
+            y, names = labels_by_name([str(label) for label in labels])
+        return DomainData(domain, TensorInputs(torch.from_numpy(self.rows(texts, path)), "features"), y, names)
+
+    def _lines(self, path: str) -> tuple[list[str], list[Any]]:
         texts, labels = [], []
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -80,14 +82,39 @@ class Texts(Reader):
                 labels.append(entry.get(self.label_key))
         if not texts:
             raise UDAError(f"{path!r} has no texts.")
-        if missing := [i for i, label in enumerate(labels) if label is None]:
-            if len(missing) < len(labels):
-                raise UDAError(
-                    f"{path!r}: {len(missing)} of {len(labels)} texts have no {self.label_key!r}, the first is text "
-                    f"{missing[0] + 1}. Give all of them one, or none for an unlabelled domain."
-                )
-            y, names = None, []
-        else:
-            y, names = labels_by_name([str(label) for label in labels])
-        x = torch.from_numpy(hashed_words(texts, self.width, self.bigrams))
-        return DomainData(domain, TensorInputs(x, "features"), y, names)
+        return texts, labels
+
+
+def hashed_words(texts: Sequence[str], width: int = 2048, bigrams: bool = True) -> np.ndarray:
+    """Rows of length 1, ``[N, width]`` float32: counts of words, each in a column of its own hash (scikit-learn's).
+
+    Words are lower-case runs of two or more letters or digits; ``bigrams``: pairs of neighbours as well. A hash gives
+    the column and a sign, so that words that share a column cancel out on average (Weinberger et al., ICML 2009).
+    Nothing is fitted: no text of one domain has a part in the rows of another.
+    """
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    words = HashingVectorizer(n_features=width, ngram_range=(1, 2 if bigrams else 1), dtype=np.float32)
+    return words.transform(texts).toarray()
+
+
+class Texts(TextLines):
+    """Texts as rows of :func:`hashed_words`, without encoder or download; an encoder's: :class:`~uda.data.Sentences`.
+
+    Args:
+        path: a .jsonl or .jsonl.gz file; ``{domain}`` stands for the domain's name.
+        text_key: key of the text; label_key: key of the label, text or a number.
+        width: columns; bigrams: pairs of neighbouring words as well.
+    """
+
+    def __init__(
+        self, path: str, text_key: str = "text", label_key: str = "label", width: int = 2048, bigrams: bool = True
+    ) -> None:
+        super().__init__(path, text_key, label_key)
+        if width < 1:
+            raise UDAError(f"Texts: width must be positive, not {width}.")
+        self.width, self.bigrams = width, bigrams
+
+    def rows(self, texts: Sequence[str], file: str) -> np.ndarray:
+        """Hashed words ``[N, width]``."""
+        return hashed_words(texts, self.width, self.bigrams)
