@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ from uda.errors import UDAError
 QUICK = {"views": 2, "warmup": 0, "epochs": 1, "batch_size": 24, "steps": 1, "support": 8, "heads": 2}
 
 
-def quick(name: str) -> Method:
+def quick(name: str, **more: float) -> Method:
     kind = methods()[name]
     known = inspect.signature(kind).parameters
-    return kind(**{k: v for k, v in QUICK.items() if k in known})
+    return kind(**{k: v for k, v in (QUICK | more).items() if k in known})
 
 
 def small(norm: bool = True) -> nn.Module:
@@ -36,8 +37,8 @@ def samples() -> SourceSamples:
     return SourceSamples(x, torch.arange(48) % 3, torch.arange(48) % 2)
 
 
-def made(name: str, net: nn.Module) -> Adapter:
-    a = Adapter(net, quick(name))
+def made(name: str, net: nn.Module, **more: float) -> Adapter:
+    a = Adapter(net, quick(name, **more))
     a.prepare(samples())
     return a
 
@@ -89,6 +90,21 @@ def test_models_without_the_layers_work_or_are_refused_by_name(name, kind):
     except UDAError:
         return
     assert all(z.shape == (8, 3) and z.isfinite().all() for z in out)
+
+
+def test_the_scored_forward_is_the_one_that_is_told(name):
+    """Before the update: what a fresh adapter predicts without one. The page's table says the same of each method."""
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    a, b = (made(name, small(), threshold=0.0, margin=9.0) for _ in range(2))  # no averages over views, all samples
+    told, out, before = a.method.scored, a(x), b._plain(x)
+    if name != "LAME":  # corrects what it predicts
+        assert torch.allclose(out, before, atol=1e-6) == ("after" not in told)
+    if "after" in told or name in ("TENT", "EATA", "SAR", "ROID", "RMT", "CoTTA"):
+        assert a.updates > 0
+    page = Path(__file__).parents[3] / "docs" / "methods" / "testtime.md"
+    if name != "Source" and page.is_file():
+        row = next(line for line in page.read_text().splitlines() if line.startswith("| [") and f"`{name}`" in line)
+        assert ("after" in row.split("|")[-2]) == ("after" in told)
 
 
 def _two_ranks(rank: int, port: int) -> None:
