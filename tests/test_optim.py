@@ -13,6 +13,7 @@ from uda.optim import (
     Constant,
     Cosine,
     InverseDecay,
+    Restarts,
     build_optimizer,
     build_scheduler,
     default_optimizer,
@@ -33,6 +34,16 @@ def test_cosine_and_constant_with_warm_up():
     schedule = Cosine(warmup=0.2, final=0.1)
     assert [schedule.factor(p) for p in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx([0, 0.5, 1, 0.55, 0.1])
     assert InverseDecay(warmup=0.5).factor(0.25) == pytest.approx(0.5 * 3.5**-0.75)
+
+
+def test_restarts_repeat_a_schedule():
+    """Five steps of each of seven parts have the factors of a run of five steps, borders included."""
+    schedule = Restarts(InverseDecay(warmup=0.1), 7)
+    alone = [InverseDecay(warmup=0.1).factor(i / 5) for i in range(5)]
+    assert [schedule.factor(i / 35) for i in range(35)] == pytest.approx(alone * 7, abs=1e-6)
+    assert schedule.factor(1.0) == pytest.approx(11**-0.75)
+    with pytest.raises(UDAError, match="number of equal parts"):
+        Restarts(Constant(), 0)
 
 
 @pytest.mark.parametrize("warmup", [-0.1, 1.0, 100])

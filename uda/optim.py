@@ -76,6 +76,25 @@ class Cosine(Schedule):
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * q)) / 2
 
 
+class Restarts(Schedule):
+    """Another schedule, from its start in each of ``times`` equal parts of the run (Loshchilov & Hutter, 2017).
+
+    For methods that train in rounds: as many restarts as rounds.
+    """
+
+    def __init__(self, schedule: Schedule, times: int) -> None:
+        super().__init__()
+        if times < 1:
+            raise UDAError(f"Restarts: times is the number of equal parts of the run, 1 or more, not {times}.")
+        self.schedule, self.times = schedule, times
+
+    def decay(self, progress: float) -> float:
+        """The schedule's factor at the share of the part that is done."""
+        done = progress * self.times
+        part = min(int(done + 1e-9), self.times - 1)  # a step at the border of two parts starts the second
+        return self.schedule.factor(min(1.0, max(0.0, done - part)))
+
+
 def default_optimizer(params: Iterable[Any]) -> Optimizer:
     """SGD with Nesterov momentum 0.9, rate 0.01 and weight decay 1e-3: the field's usual choice."""
     return torch.optim.SGD(params, lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-3)

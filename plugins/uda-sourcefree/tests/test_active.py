@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from uda_sourcefree import LFTL
-from uda_sourcefree.lftl import contrastive_scores, persistence
+from uda_sourcefree.lftl import persistence
 from uda_sourcefree.oracle import LabelsWanted, Oracle, People, SimulatedOracle, class_ids, make_oracle
+from uda_sourcefree.queries import badge, clue, contrastive_scores, entropies, k_centre
 
 import uda
 from uda.testing import TinyTask, check_plugin
@@ -70,6 +71,60 @@ def test_scores_by_loops(first):
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
+def test_entropies_by_loops():
+    p = np.random.default_rng(2).dirichlet(np.ones(4), 5)
+    p[0] = [1, 0, 0, 0]
+    expected = [-sum(v * np.log(v) for v in row if v > 0) for row in p]
+    np.testing.assert_allclose(entropies(torch.tensor(p)), expected, atol=1e-12)
+
+
+def test_k_centre_by_loops():
+    draw = np.random.default_rng(3)
+    f, known = draw.normal(size=(14, 3)), draw.normal(size=(2, 3))
+    for before in (known, known[:0]):
+        chosen, places = [], list(before)
+        for _ in range(4):
+            if places:
+                gaps = [min(np.linalg.norm(v - u) for u in places) for v in f]
+                row = max((i for i in range(14) if i not in chosen), key=lambda i: gaps[i])
+            else:
+                row = int(np.argmin([np.linalg.norm(v - f.mean(0)) for v in f]))
+            chosen.append(row)
+            places.append(f[row])
+        assert k_centre(torch.tensor(f).float(), torch.tensor(before).float(), 4).tolist() == chosen
+
+
+def test_badge_draws_as_explicit_gradients_do():
+    """The same rows as k-means++ on the full ``[N, C F]`` gradients, from the same random numbers."""
+    torch.manual_seed(0)
+    p, f = torch.randn(12, 3, dtype=torch.float64).softmax(1), torch.randn(12, 4, dtype=torch.float64)
+    f[5] = f[4]
+    p[5] = p[4]  # a copy: once one is taken the other has no chance
+    g = torch.stack([torch.outer(q - torch.eye(3)[q.argmax()], v).flatten() for q, v in zip(p, f, strict=True)])
+    draw = torch.Generator().manual_seed(1)
+    chosen = [int(g.norm(dim=1).argmax())]
+    while len(chosen) < 8:
+        gap = torch.cdist(g, g[chosen]).amin(1).square()
+        gap[gap < 1e-12] = 0
+        chosen.append(int(torch.multinomial(gap, 1, generator=draw)))
+    found = badge(p, f, 8, torch.Generator().manual_seed(1)).tolist()
+    assert found == chosen
+    assert not {4, 5} <= set(found)
+    assert sorted(badge(p[:5] * 0 + torch.eye(3)[0], f[:5], 5).tolist()) == list(range(5))  # sure of all: anyone
+
+
+def test_clue_asks_in_each_cluster_near_the_unsure():
+    """Three far clusters, three queries: one in each, and there the samples that are not sure draw the centre."""
+    place = torch.tensor([[0.0, 0], [50, 0], [0, 50]]).repeat_interleave(4, 0)
+    f = place + torch.tensor([[0.0, 0], [1, 0], [2, 0], [3, 0]]).repeat(3, 1)
+    p = torch.tensor([[0.98, 0.02], [0.98, 0.02], [0.98, 0.02], [0.5, 0.5]]).repeat(3, 1)
+    weight = [float(-(q * q.log()).sum()) for q in p[:4]]
+    centre = sum(w * x for w, x in zip(weight, range(4), strict=True)) / sum(weight)
+    best = min(range(4), key=lambda i: abs(i - centre))
+    assert best != 1  # else the weights would not matter: the plain mean is 1.5
+    assert sorted(clue(p, f, 3).tolist()) == [best, best + 4, best + 8]
+
+
 def test_persistence_by_loops_and_its_descent():
     draw = np.random.default_rng(1)
     z, m = draw.normal(size=(5, 3)), draw.normal(size=(4, 3))
@@ -111,6 +166,23 @@ def test_labels_matter_and_so_does_the_sampling(labels, tmp_path):
     assert torch.equal((a.labels + 1) % 3, b.labels)
     assert not torch.equal(one.head.linear.weight, turned.head.linear.weight)
     assert set(a.chosen.tolist()) != set(c.chosen.tolist())
+
+
+@pytest.mark.parametrize("sampling", ["margin", "entropy", "badge", "clue", "k_centre"])
+def test_each_way_of_sampling_buys_the_budget(labels, sampling):
+    plugin = fit(LFTL(6, SimulatedOracle(labels), rounds=2, sampling=sampling)).plugins["refine"]
+    assert len(set(plugin.chosen.tolist())) == 6
+    assert plugin.labels.tolist() == [i % 3 for i in plugin.chosen.tolist()]
+
+
+def test_queried_samples_have_no_part_among_the_unlabelled(labels):
+    """With the whole target labelled nothing is left to the unlabelled terms, whatever their weights."""
+    one = fit(LFTL(48, SimulatedOracle(labels), rounds=1))
+    other = fit(LFTL(48, SimulatedOracle(labels), rounds=1, entropy_weight=0.0, persistence_weight=0.0))
+    some = fit(LFTL(24, SimulatedOracle(labels), rounds=1))
+    less = fit(LFTL(24, SimulatedOracle(labels), rounds=1, entropy_weight=0.0, persistence_weight=0.0))
+    torch.testing.assert_close(one.head.linear.weight, other.head.linear.weight, rtol=0, atol=0)
+    assert not torch.equal(some.head.linear.weight, less.head.linear.weight)
 
 
 def test_round_trip_by_file(tmp_path):

@@ -13,7 +13,7 @@ import yaml
 from uda_sourcefree import GLC, LEAD, LFTL, NOTELA, NRC, SHOT, AaD, CoLearn, SHOTPlusPlus
 from uda_sourcefree.aad import dispersion
 from uda_sourcefree.colearn import centroid_probs, match_or_conf
-from uda_sourcefree.neighbours import nearest
+from uda_sourcefree.neighbours import largest, nearest
 from uda_sourcefree.notela import mutual, teacher_labels
 from uda_sourcefree.nrc import neighbour_agreement, reciprocity
 from uda_sourcefree.shot import centroid_labels
@@ -63,6 +63,17 @@ def test_nearest_in_chunks_by_sorting():
         for i in range(7):
             order = sorted((j for j in range(30) if j != i), key=lambda j: -float(x[i] @ x[j]))
             assert found[i].tolist() == order[:3]
+
+
+@pytest.mark.parametrize("n", [64 * 9 + 5, 64 * 9, 70])
+def test_largest_by_sorting(n):
+    """Blocks lose nothing, ties and columns behind the last whole block included."""
+    x = torch.randint(0, 300, (6, n), generator=torch.Generator().manual_seed(n)).float()
+    x[0, -3:] = 1000
+    x[1] = 7
+    found = largest(x, 4)
+    assert torch.equal(x.gather(1, found), x.sort(dim=1, descending=True).values[:, :4])
+    assert all(len(set(row)) == 4 for row in found.tolist())
 
 
 def test_nrc_by_loops():

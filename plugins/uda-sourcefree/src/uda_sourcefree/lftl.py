@@ -15,28 +15,9 @@ from uda.nn import Bank, full, no_autocast
 from uda.step import DomainBatch
 from uda_sourcefree.mixing import mixed
 from uda_sourcefree.oracle import Oracle, class_ids, make_oracle
+from uda_sourcefree.queries import badge, clue, contrastive_scores, entropies, k_centre
 
-SAMPLING = ("contrastive", "margin", "random")
-
-
-def contrastive_scores(
-    probs: Tensor, before: Tensor | None, strength: float = 0.03, confident: int = 100, balance: float = 0.1
-) -> Tensor:
-    """Scores ``[N]`` of unlabelled samples; the smallest are queried (contrastive active sampling).
-
-    ``q = p + strength (p - p_before)`` has margin ``q_(1) - q_(2)``, divided by its maximum. Classes that are frequent
-    among the ``confident`` samples of largest margin (frequency over its maximum, times ``balance``) come last.
-
-    Args:
-        probs: of the model as it is now ``[N, C]``; before: of the round before ``[N, C]``; None in the first round.
-    """
-    q = probs if before is None else probs + strength * (probs - before)
-    top = q.topk(2, dim=1).values
-    margin = top[:, 0] - top[:, 1]
-    label = probs.argmax(1)
-    sure = margin.topk(min(confident, len(margin))).indices
-    counts = torch.bincount(label[sure], minlength=probs.shape[1]).to(margin.dtype)
-    return margin / margin.max().clamp_min(1e-12) + balance * (counts / counts.max())[label]
+SAMPLING = ("contrastive", "margin", "entropy", "badge", "clue", "k_centre", "random")
 
 
 def persistence(features: Tensor, memory: Tensor) -> Tensor:
@@ -57,7 +38,8 @@ class LFTL(uda.Plugin):
         budget: labels in all: a share of the target's training pool below 1, else a number of samples.
         oracle: who answers, an :class:`~uda_sourcefree.oracle.Oracle` or its ``{class_path, init_args}``.
         rounds: published: 10. Not more than the run's epochs.
-        sampling: ``contrastive``; ``margin`` (smallest margin alone) or ``random``, as baselines.
+        sampling: ``contrastive``, as published; baselines: ``margin`` (smallest margin alone), ``entropy`` (largest),
+            ``badge``, ``clue``, ``k_centre`` (:mod:`uda_sourcefree.queries`), ``random``.
         strength: of the change since the last round; balance: of the class frequency; confident: samples that it is
             counted over. Published: 0.03, 0.1, and 100 (500 on VisDA).
         entropy_weight: published: 0.9; persistence_weight: published: 1 on Office-31, 10 on VisDA.
@@ -141,19 +123,19 @@ class LFTL(uda.Plugin):
             raise uda.UDAError(f"LFTL: {self.rounds} rounds need as many epochs at least, the run has {epochs}.")
         due = min(self.rounds, int(model.progress * self.rounds + 1e-6) + 1)
         while int(self.state[1]) < due:
-            self._ask(model, full(pool.logits).softmax(1))
+            self._ask(model, full(pool.logits).softmax(1), full(pool.features))
         have = int(self.state[0])
         self.memory.features[:have] = pool.features[self.chosen[:have]]  # equal on all ranks, like the pool
         self.memory.filled[:have] = True
         self.log_later(labelled=float(have))
 
-    def _ask(self, model: uda.UDA, probs: Tensor) -> None:
+    def _ask(self, model: uda.UDA, probs: Tensor, features: Tensor) -> None:
         have, turn = self.state.tolist()
         wanted = round((turn + 1) * len(self.chosen) / self.rounds) - have
         free = torch.ones(len(probs), dtype=torch.bool, device=probs.device)
         free[self.chosen[:have]] = False
         rest = free.nonzero()[:, 0]
-        rows = rest[self._scores(probs[rest], self.before[rest] if turn else None).topk(wanted, largest=False).indices]
+        rows = rest[self._select(wanted, probs[rest], features[rest], features[self.chosen[:have]], self.before[rest])]
         rows, given = model.trainer.strategy.broadcast(self._answers(model, rows.tolist(), turn), src=0)
         if isinstance(given, Exception):
             raise given
@@ -161,13 +143,27 @@ class LFTL(uda.Plugin):
         self.labels[have : have + len(rows)] = torch.tensor(given, device=self.labels.device)
         self.before.copy_(probs)
         self.state += torch.tensor([len(rows), 1], device=self.state.device)
+        for optimizer in model.trainer.optimizers:  # a round starts with a new one, as published
+            optimizer.state.clear()
 
-    def _scores(self, probs: Tensor, before: Tensor | None) -> Tensor:
+    def _select(self, number: int, probs: Tensor, features: Tensor, known: Tensor, before: Tensor) -> Tensor:
+        """Rows of unlabelled samples to ask about; all draws are of the refresh's seed, one on all ranks."""
+        if self.sampling == "badge":
+            return badge(probs, features, number)
+        if self.sampling == "clue":
+            return clue(probs, features, number, int(torch.randint(2**31, ())))
+        if self.sampling == "k_centre":
+            return k_centre(features, known, number)
         if self.sampling == "random":
-            return torch.rand(len(probs), device=probs.device)  # a refresh has one seed on all ranks
-        if self.sampling == "margin":
-            return contrastive_scores(probs, None, balance=0.0)
-        return contrastive_scores(probs, before, self.strength, self.confident, self.balance)
+            scores = torch.rand(len(probs), device=probs.device)
+        elif self.sampling == "entropy":
+            scores = -entropies(probs)
+        elif self.sampling == "margin":
+            scores = contrastive_scores(probs, None, balance=0.0)
+        else:
+            before = before if int(self.state[1]) else None
+            scores = contrastive_scores(probs, before, self.strength, self.confident, self.balance)
+        return scores.topk(number, largest=False).indices
 
     def _answers(self, model: uda.UDA, rows: list[int], turn: int) -> tuple[list[int], list[int] | Exception]:
         """Positions and class ids of a round, on the first process; an error is for all of them."""
@@ -218,12 +214,16 @@ class LFTL(uda.Plugin):
     @uda.hookimpl
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
         """Information of the unlabelled samples, their attention to labelled ones, and the mixed samples."""
-        out = {}
+        have, out = int(self.state[0]), {}
+        free = (~torch.isin(step.target.index, self.chosen[:have])).nonzero()[:, 0]  # the labelled ones have their term
+        some = bool(len(free))
         if self.entropy_weight:
-            out["information"] = -self.entropy_weight * information_maximisation(step.target.logits)
+            value = information_maximisation(step.target.logits[free]) if some else 0 * step.target.logits.sum()
+            out["information"] = -self.entropy_weight * value
         if self.persistence_weight:
-            known = self.memory.features[: int(self.state[0])]
-            out["persistence"] = self.persistence_weight * persistence(step.target.features, known)
+            rows = step.target.features[free]
+            value = persistence(rows, self.memory.features[:have]) if some else 0 * step.target.features.sum()
+            out["persistence"] = self.persistence_weight * value
         if (pairs := step.cache.get(f"{self.key}.mixed")) is not None:
             out["mixup"] = self.mixup * soft_cross_entropy(pairs.logits, pairs.y)
         return out

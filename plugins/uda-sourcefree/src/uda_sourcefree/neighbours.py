@@ -26,18 +26,36 @@ def nearest(
         euclidean: the smallest distances instead.
     """
     rows = max(1, chunk // max(len(memory), 1))
-    # |q - m|^2 = |q|^2 - 2 (q . m - |m|^2 / 2)
-    shift = full(memory).square().sum(1) / 2 if euclidean else None
     found = []
-    for start in range(0, len(queries), rows):
-        with no_autocast(queries):
-            part = full(queries[start : start + rows]) @ full(memory).T
+    with no_autocast(queries):
+        memory = full(memory)
+        # |q - m|^2 = |q|^2 - 2 (q . m - |m|^2 / 2)
+        shift = memory.square().sum(1) / 2 if euclidean else None
+        room = memory.new_empty(min(rows, len(queries)), len(memory))  # one for all chunks: new pages cost time
+        for start in range(0, len(queries), rows):
+            block = full(queries[start : start + rows])
+            part = torch.mm(block, memory.T, out=room[: len(block)])
             if shift is not None:
                 part -= shift
-        if without is not None:
-            part.scatter_(1, without[start : start + rows, None], -torch.inf)
-        found.append(part.topk(k, dim=1).indices)
+            if without is not None:
+                part.scatter_(1, without[start : start + rows, None], -torch.inf)
+            found.append(largest(part, k))
     return torch.cat(found)
+
+
+def largest(values: Tensor, k: int, width: int = 64) -> Tensor:
+    """Columns of the k largest values of each row, ``[B, N] -> [B, k]``, in falling order.
+
+    Of many columns the k blocks of ``width`` with the largest maxima hold them all: only these are sorted.
+    """
+    blocks = values.shape[1] // width
+    if blocks <= k:
+        return values.topk(k, dim=1).indices
+    tops = values[:, : blocks * width].unflatten(1, (blocks, width)).amax(2).topk(k, dim=1).indices
+    columns = (tops[:, :, None] * width + torch.arange(width, device=values.device)).flatten(1)
+    rest = torch.arange(blocks * width, values.shape[1], device=values.device).expand(len(values), -1)
+    columns = torch.cat([columns, rest], 1)
+    return columns.gather(1, values.gather(1, columns).topk(k, dim=1).indices)
 
 
 class NeighbourMemory(uda.Plugin):

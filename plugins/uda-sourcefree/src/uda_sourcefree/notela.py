@@ -137,9 +137,9 @@ class NOTELA(NeighbourMemory):
             near = nearest(self.keys(step.target.features.detach()), memory.features, k, index, euclidean=True)
             weight = torch.ones_like(near, dtype=torch.float32)
             if self.mutual:
-                flat = near.flatten()
-                theirs = nearest(memory.features[flat], memory.features, k, flat, euclidean=True)
-                weight = mutual(near, theirs.view(*near.shape, k), index)
+                rows, place = near.unique(return_inverse=True)  # samples of a batch share neighbours
+                theirs = nearest(memory.features[rows], memory.features, k, rows, euclidean=True)
+                weight = mutual(near, theirs[place], index)
             labels = self._teach(logits, memory.probs[near], weight)
         self.log_later(neighbours=weight.sum(1).mean(), confidence=labels.amax(1).mean())
         return uda.PseudoLabels(labels.argmax(1), soft=labels)
