@@ -57,6 +57,12 @@ METHODS: dict[str, tuple[str, dict]] = {
     "petal": ("PETAL", {}),
     "adacontrast": ("AdaContrast", {}),
     "memo": ("MEMO", {}),
+    "note": ("NOTE", {}),
+    "lsa": ("LSA", {"arguments": {"lr": 1e-3}}),
+    "vdp": ("VDP", {}),
+    "vida": ("ViDA", {}),
+    "becotta": ("BECoTTA", {}),
+    "rna": ("RNA", {}),
 }
 #: Samples of each shift in streams that would take too long, by suite and batch size.
 SHORTER: dict[tuple[str, int], int] = {("digits", 1): 200, ("pacs_features", 1): 200, ("mnist", 1): 100}
@@ -171,7 +177,7 @@ def cifar_suite(folder: Path, name: str, kind: str, severity: int = 5) -> Suite:
     ]
     source = pixels(x[:2000]), torch.from_numpy(y[:2000])
     net = resnet(kind, classes=int(y.max()) + 1)
-    return Suite(folder, name, net, source, shifts, 200, 30, shifted)
+    return Suite(folder, name, net, source, shifts, 100, 30, shifted)
 
 
 def digits_suite(folder: Path) -> Suite:

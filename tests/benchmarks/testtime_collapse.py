@@ -1,0 +1,95 @@
+"""A long stream: the same handwritten digits come again and again, in batches of 16, and a method never starts anew.
+
+    python tests/benchmarks/testtime_collapse.py LEDGER.jsonl [--cache DIR] [--minutes 4] [--rounds 10] [--seeds 0 1 2]
+
+The source model is that of the suite ``digits`` of ``testtime.py``. One walk is ``--rounds`` times 500 samples in a new
+order each; recorded are the accuracies of the predictions made on arrival in some of the rounds, as tasks of a ledger
+from which `uda bench table` makes the page's table. A walk's rollbacks and updates stand in its records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from testtime import SUITES, Suite
+from uda_testtime import Adapter, Guard, SourceSamples
+from uda_testtime.registry import method_class
+from uda_testtime.streams import Shift, Stream
+from uda_testtime.walk import Walk
+
+from uda.metrics.names import MEASURES
+
+BATCH, SAMPLES, SHOWN = 16, 500, (1, 2, 5, 10)
+#: By name in the table: method, its arguments, and whether the guard watches. 0.01 is ten times the published rate.
+VARIANTS: dict[str, tuple[str, dict, bool]] = {
+    "source": ("Source", {}, False),
+    "bn_statistics": ("BNStatistics", {}, False),
+    "tent_0.001": ("TENT", {"lr": 1e-3}, False),
+    "tent_0.01": ("TENT", {"lr": 1e-2}, False),
+    "tent_0.01_guarded": ("TENT", {"lr": 1e-2}, True),
+    "sar_0.01": ("SAR", {"lr": 1e-2}, False),
+    "roid_0.01": ("ROID", {"lr": 1e-2, "flip": False}, False),
+}
+
+
+def walked(suite: Suite, variant: str, seed: int, rounds: int) -> list[dict]:
+    """A record for each round that is shown."""
+    name, arguments, guarded = VARIANTS[variant]
+    one = suite.shifts[0]
+    rows = np.sort(np.random.default_rng(seed).permutation(len(one))[:SAMPLES])
+    shifts = [Shift(f"round {i + 1}", one.x[torch.from_numpy(rows)], one.y[rows]) for i in range(rounds)]
+    adapter = Adapter(
+        suite.net, method_class(name)(**arguments), guard=Guard() if guarded else None, seed=seed, **suite.scale
+    )
+    if not adapter.ready:
+        adapter.prepare(SourceSamples(*suite.source))
+    start = time.perf_counter()
+    walk = Walk(adapter, Stream(shifts, "continual", BATCH, seed)).run()
+    figures, seconds = walk.figures(), round(time.perf_counter() - start, 3)
+    rolled = [row["batch"] for row in walk.logs if row["rollbacks"]]
+    return [{
+        "suite": "collapse", "task": f"round {i}", "method": variant, "seed": seed,
+        "key": f"{rounds}/{i}/{variant}/{seed}",
+        "status": "finished", "select_by": None, "scores": {}, "seconds": seconds, "samples": SAMPLES,
+        "metrics": {next(iter(MEASURES)): {
+            "last": round(1 - figures["oracle_error_by_shift"][f"round {i}"] / 100, 6)}},
+        "arguments": arguments, "updates": figures["updates"], "rollbacks": figures["rollbacks"],
+        "rolled_back_at": rolled[:50],
+    } for i in SHOWN if i <= rounds]  # fmt: skip
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ledger", type=Path)
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "uda_testtime_benchmark")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop between two walks after so long")
+    parser.add_argument("--rounds", type=int, default=max(SHOWN))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.cache.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * args.minutes
+    lines = args.ledger.read_text().splitlines() if args.ledger.exists() else []
+    done = {json.loads(line)["key"] for line in lines}
+    suite = SUITES["digits"](args.cache)
+    for seed in args.seeds:
+        for variant in VARIANTS:
+            if f"{args.rounds}/1/{variant}/{seed}" in done:
+                continue
+            if time.monotonic() > end:
+                sys.exit(75)  # more to do
+            records = walked(suite, variant, seed, args.rounds)
+            with args.ledger.open("a") as out:
+                out.writelines(json.dumps(record) + "\n" for record in records)
+
+
+if __name__ == "__main__":
+    main()
