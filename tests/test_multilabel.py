@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import lightning as L
 import numpy as np
@@ -15,6 +16,7 @@ from uda.cli import main
 from uda.losses import multi_label_loss
 from uda.metrics.multilabel import class_mean_ap, mean_ap
 from uda.selection.multilabel import MultiLabelScores
+from uda.shift.inspect import inspect_shift
 
 
 def generated(n=96, classes=4, size=12, shift=0.0, seed=0):
@@ -129,7 +131,9 @@ def test_refusals(file):
         uda.DataModule(uda.data.Arrays(file, kind="features"), "a", "b").task  # noqa: B018
 
 
-def test_the_command_line(file, tmp_path, capsys):
+@pytest.fixture
+def words(file, tmp_path):
+    """Of a run from the command line."""
     config = {
         "model": {"backbone": "identity", "bottleneck": 16},
         "data": {
@@ -139,7 +143,10 @@ def test_the_command_line(file, tmp_path, capsys):
         "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False},
     }  # fmt: skip
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    words = ["fit", "--config", str(tmp_path / "c.yaml")]
+    return ["fit", "--config", str(tmp_path / "c.yaml")]
+
+
+def test_the_command_line(words, tmp_path, capsys):
     assert main([*words, f"--run_dir={tmp_path / 'r0'}", "--select_by=snd"]) == 2
     assert "Score 'snd' is of a softmax" in capsys.readouterr().err
     assert main([*words, f"--run_dir={tmp_path / 'r'}", "--select_by=im"]) == 0
@@ -147,4 +154,63 @@ def test_the_command_line(file, tmp_path, capsys):
     assert summary["task"] == "multi-label"
     assert summary["headline"] == "class_mean_ap"
     assert 0 < summary["class_mean_ap"]["last"] <= 1
+    assert 0 < summary["source_class_mean_ap"] <= 1
     assert summary["target_accuracy"]["last"] is None
+
+
+def test_a_look_at_the_shift_is_refused(file):
+    with pytest.raises(uda.UDAError, match="the data is multi-label: a look at the shift takes one class a sample"):
+        inspect_shift(module(file))
+
+
+@pytest.mark.slow
+def test_a_report_shows_average_precisions(words, tmp_path, capsys):
+    assert main([*words, f"--run_dir={tmp_path / 'r'}", "--select_by=im"]) == 0
+    assert main(["report", str(tmp_path / "r")]) == 0
+    assert "multi-label: parts that need one class a sample" in capsys.readouterr().err
+    page, summary = ((tmp_path / "r" / name).read_text() for name in ("report.html", "summary.json"))
+    for rule in ("source_class_mean_ap", "class_mean_ap", "mean_ap"):
+        value = json.loads(summary)[rule]
+        assert f"{100 * (value if isinstance(value, float) else value['last']):.1f}" in page
+    assert "Average precision in percent over training steps: target ends at" in page
+    assert "The target has no labels" not in page
+    other = json.loads(summary) | {"task": None}
+    shutil.copytree(tmp_path / "r", tmp_path / "single")
+    (tmp_path / "single" / "summary.json").write_text(json.dumps(other))
+    assert main(["report", str(tmp_path / "r"), str(tmp_path / "single"), f"--out={tmp_path / 'x.html'}"]) == 2
+    assert "one is multi-label and one is not" in capsys.readouterr().err
+
+
+class Kept(L.Callback):
+    """What each process has at the end."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_fit_end(self, trainer, model):
+        figures = {k: float(v) for k, v in trainer.callback_metrics.items() if "/" in k or k.startswith("source_")}
+        torch.save((figures, model.state_dict()), f"{self.path}/{trainer.world_size}-{trainer.global_rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_measure_as_one(tmp_path):
+    """61 and 95 rows: the last batches are uneven, and padding must not count."""
+    (a, ya), (b, yb) = generated(61), generated(95, shift=0.5, seed=1)
+    np.savez(tmp_path / "set.npz", a_x=a, a_y=ya, b_x=b, b_y=yb)
+    reader = uda.data.Arrays(str(tmp_path / "set.npz"), kind="features", multi_label=True)
+    for count, strategy in ((1, "auto"), (2, "ddp_fork")):
+        L.seed_everything(0, verbose=False)
+        model = uda.UDA("identity", bottleneck=8, bottleneck_norm="none")
+        data = uda.DataModule(reader, "a", "b", batch_size=16 // count, eval_batch_size=8, epoch_steps=6, seed=0)
+        trainer = L.Trainer(
+            max_epochs=2, accelerator="cpu", devices=count, strategy=strategy, logger=False, callbacks=Kept(tmp_path),
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(model, data)
+    (one, weights), (first, w0), (second, w1) = (torch.load(tmp_path / f"{n}.pt") for n in ("1-0", "2-0", "2-1"))
+    assert first == second
+    assert {"oracle/class_mean_ap", "oracle/mean_ap", "source_class_mean_ap", "select/im"} <= set(first)
+    assert first == pytest.approx(one, abs=1e-4)
+    for name, value in weights.items():
+        assert torch.equal(w0[name], w1[name])
+        torch.testing.assert_close(w0[name], value, atol=1e-4, rtol=1e-4)

@@ -65,7 +65,16 @@ def report(args: argparse.Namespace) -> int:
     if len({p.resolve() for p in paths}) < len(paths):
         raise UDAError("a run is named twice.")
     runs = [read_run(p, name) for p, name in zip(paths, short_names(paths), strict=True)]
+    if len({r.multi_label for r in runs}) > 1:
+        odd = next(r for r in runs if r.multi_label != runs[0].multi_label)
+        raise UDAError(f"{runs[0].path} and {odd.path}: one is multi-label and one is not; make a report of each.")
     for run in runs:
+        if run.multi_label:
+            run.notes.append(
+                "The task is multi-label: parts that need one class a sample (classes, features, confidence, shares, "
+                "mistakes) are left out."
+            )
+            continue
         if args.checkpoint == "none":
             run.notes.append("No checkpoint was evaluated, as asked for: figures that need the model are left out.")
             continue

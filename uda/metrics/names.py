@@ -24,6 +24,9 @@ MEASURES = {
     "outlier_share": "Share taken for classes that the target lacks",
 }
 
+#: Figures of the sources' held-out samples; those of single sources have the first as a prefix.
+SOURCE_FIGURES = ("source_accuracy", "source_class_mean_ap", "source_mean_ap")
+
 #: The measure that stands for a run of the setting.
 HEADLINES = {"closed": "target_accuracy", "partial": "target_accuracy", "open": "h_score", "universal": "h_score"}
 #: The one of a multi-label run.

@@ -8,12 +8,12 @@ from typing import Any
 
 import lightning as L
 
-from uda.metrics.names import HEADLINES, MEASURES, MULTI_LABEL_HEADLINE, oracle
+from uda.metrics.names import HEADLINES, MEASURES, MULTI_LABEL_HEADLINE, SOURCE_FIGURES, oracle
 
 
 def figures_of(trainer: L.Trainer, prefix: str = "") -> dict[str, float]:
     """Accuracies and label-free scores of the evaluation that has just ended."""
-    wanted = ("source_accuracy", "oracle/", "select/")
+    wanted = (*SOURCE_FIGURES, "oracle/", "select/")
     found = {k.removeprefix(prefix): v for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
     return {k: float(v) for k, v in found.items() if k.startswith(wanted)}
 
@@ -62,12 +62,13 @@ def print_table(summary: dict[str, Any]) -> None:
     table.add_column("class mean", justify="right")
     headline = summary.get("headline")
     extra = {} if headline in (None, "target_accuracy") else summary[headline]
+    source_extra = summary.get(f"source_{headline}")
     if extra:
         table.add_column(MEASURES[headline], justify="right")
     table.add_column("chosen by", overflow="fold")
 
     def row(name: str, first: Any, second: Any, which: str, by: str) -> None:
-        more = [percent(extra.get(which))] if extra else []
+        more = [percent(extra.get(which, source_extra if name == "source" else None))] if extra else []
         table.add_row(name, percent(first), "" if second is None else percent(second), *more, by)
 
     instance, mean = summary["target_accuracy"], summary["target_class_accuracy"]

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
-from uda.metrics.names import MEASURES, oracle
+from uda.metrics.names import MEASURES, SOURCE_FIGURES, oracle
 from uda.run.directory import numbered_file
 from uda.run.figures import figures_of, measures_of, percent, rounded, setting_of
 from uda.run.summary import device_of, versions
@@ -112,7 +112,7 @@ class EvaluationWriter(L.Callback):
         figures = figures_of(trainer, prefix)
         result = {
             "checkpoint": self.checkpoint,
-            "source_accuracy": rounded(figures.get("source_accuracy")),
+            **{k: rounded(figures.get(k)) for k in SOURCE_FIGURES if k == "source_accuracy" or k in figures},
             **{m: rounded(figures.get(oracle(m))) for m in measures_of(figures)},
             "select": {
                 k.removeprefix("select/"): rounded(v) for k, v in figures.items() if k.startswith("select/")

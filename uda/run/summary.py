@@ -21,7 +21,7 @@ import torch
 import uda
 from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.described import describe
-from uda.metrics.names import oracle
+from uda.metrics.names import SOURCE_FIGURES, oracle
 from uda.run.figures import figures_of, measures_of, print_table, rounded, setting_of
 from uda.run.history import ObjectiveMeans, write_history
 from uda.selection import monitor_value, needed_scores, running_choice, select_epoch
@@ -227,7 +227,7 @@ class RunSummary(L.Callback):
         datamodule = getattr(trainer, "datamodule", None)
         bad = getattr(datamodule, "bad_images", None)
         return {
-            "source_accuracy": rounded(last.get("source_accuracy")),
+            **{k: rounded(last.get(k)) for k in SOURCE_FIGURES if k == "source_accuracy" or k in last},
             **measures,
             "selection": selection,
             "scores": self.scores(),

@@ -62,6 +62,11 @@ def inspect_shift(
     data = features.blind(datamodule)
     progress("reading the domains")
     task = data.task
+    if data.multi_label:
+        raise UDAError(
+            "the data is multi-label: a look at the shift takes one class a sample (its classifier, class shares and "
+            "advice are of that). Train on the source alone, and `uda report` shows average precisions."
+        )
     if model is not None:
         from uda import checks
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from uda.report.collect.files import read_run, short_names
 from uda.report.collect.model import evaluate
-from uda.report.collect.run import TARGET_ACCURACY, Outcome, Run, Which
+from uda.report.collect.run import Outcome, Run, Which
 
-__all__ = ["TARGET_ACCURACY", "Outcome", "Run", "Which", "evaluate", "read_run", "short_names"]
+__all__ = ["Outcome", "Run", "Which", "evaluate", "read_run", "short_names"]

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from uda.errors import UDAError
+from uda.metrics.names import SOURCE_FIGURES
 from uda.report.collect.run import Run
 from uda.run.directory import read_record
 from uda.run.history import read_history
@@ -76,7 +77,7 @@ def logged_rows(file: Path) -> list[dict[str, float]]:
 
 def validations(rows: list[dict[str, float]]) -> list[dict[str, Any]]:
     """The rows that come from a validation."""
-    own = ("source_accuracy", "oracle/", "select/")
+    own = (*SOURCE_FIGURES, "oracle/", "select/")
     return [
         {**r, "step": int(r["step"]), "epoch": int(r.get("epoch", 0))}
         for r in rows

@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from uda.metrics.names import oracle
+
 Which = Literal["last", "selected", "oracle"]
-
-TARGET_ACCURACY = "oracle/target_accuracy"
-
 
 @dataclass
 class Outcome:
@@ -90,6 +89,31 @@ class Run:
         return f"{', '.join(self.summary.get('source') or []) or 'no source'} → {self.summary.get('target')}"
 
     @property
+    def multi_label(self) -> bool:
+        """Whether a sample may have several classes: average precisions stand in the place of accuracies."""
+        return self.summary.get("task") == "multi-label"
+
+    @property
+    def measures(self) -> tuple[str, str]:
+        """The measure of the run, and the one beside it."""
+        return ("class_mean_ap", "mean_ap") if self.multi_label else ("target_accuracy", "target_class_accuracy")
+
+    @property
+    def headline(self) -> str:
+        """The measure of the target in the history."""
+        return oracle(self.measures[0])
+
+    @property
+    def source_headline(self) -> str:
+        """That of the source, in history and summary."""
+        return "source_class_mean_ap" if self.multi_label else "source_accuracy"
+
+    @property
+    def word(self) -> str:
+        """What the measure is called."""
+        return "average precision" if self.multi_label else "accuracy"
+
+    @property
     def target(self) -> Outcome | None:
         """The target's outcome."""
         return next((o for o in self.outcomes if o.is_target), None)
@@ -118,5 +142,5 @@ class Run:
         if which == "selected":
             step = self.summary["selection"]["step"]
             return next((r for r in self.history if r["step"] == step), None) if step is not None else None
-        rows = [r for r in self.history if math.isfinite(r.get(TARGET_ACCURACY, math.nan))]
-        return max(rows, key=lambda r: r[TARGET_ACCURACY], default=None)
+        rows = [r for r in self.history if math.isfinite(r.get(self.headline, math.nan))]
+        return max(rows, key=lambda r: r[self.headline], default=None)

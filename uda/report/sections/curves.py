@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from uda.report import figures, measures
-from uda.report.collect import TARGET_ACCURACY, Run
+from uda.report.collect import Run
 from uda.report.figures import Line, run_color
 from uda.report.html import Cell, Section, by_labels, details, dot, note, oracle, paragraph, table, text
 from uda.report.sections.base import Report
@@ -31,21 +31,22 @@ def accuracy_figure(report: Report) -> str:
     """Target and source accuracy over the steps, with the epochs that the rules take."""
     lines = []
     for i, run in enumerate(report.runs):
-        x, y = run.series(TARGET_ACCURACY)
+        x, y = run.series(run.headline)
         if len(x):
             marks = tuple(
-                (row["step"], row[TARGET_ACCURACY], mark)
+                (row["step"], row[run.headline], mark)
                 for rule, mark in (("last", "o"), ("selected", "D"), ("oracle", "*"))
-                if (row := run.row_of(rule)) is not None and math.isfinite(row.get(TARGET_ACCURACY, math.nan))
+                if (row := run.row_of(rule)) is not None and math.isfinite(row.get(run.headline, math.nan))
             )
             name = f"{run.name}, target" if report.several else "target"
             lines.append(Line(name, x, y, run_color(i) if report.several else TARGET, False, marks))
-        x, y = run.series("source_accuracy")
+        x, y = run.series(run.source_headline)
         if len(x):
             name = f"{run.name}, source" if report.several else "source"
             lines.append(Line(name, x, y, run_color(i) if report.several else SOURCE, True))
     if not lines:
         return note("No accuracy was measured: the run has neither a source nor target labels.")
+    word = report.runs[0].word
     target = any(not line.dashed for line in lines)
     caption = "Dashed: source. " + (
         f"Solid: target {by_labels()}. ● last epoch, ◆ selected without labels, ★ {oracle()}."
@@ -54,8 +55,8 @@ def accuracy_figure(report: Report) -> str:
     )
     end = "; ".join(f"{ln.label} ends at {100 * ln.y[-1]:.1f} %" for ln in lines)
     plot = Plot(
-        "accuracy", "Accuracy", f"Accuracy in percent over training steps: {end}.",
-        lambda t: figures.curves(t, lines, "accuracy, %", percent=True, size=(10.4, 4.0)), caption,
+        "accuracy", word.capitalize(), f"{word.capitalize()} in percent over training steps: {end}.",
+        lambda t: figures.curves(t, lines, f"{word}, %", percent=True, size=(10.4, 4.0)), caption,
     )  # fmt: skip
     return report.figure(plot) + history_table(report)
 
@@ -64,7 +65,7 @@ def history_table(report: Report) -> str:
     """The numbers behind the curves."""
     out = ""
     for run in report.runs:
-        keys = ["source_accuracy", TARGET_ACCURACY, f"select/{run.summary['selection']['score']}"]
+        keys = [run.source_headline, run.headline, f"select/{run.summary['selection']['score']}"]
         keys = [k for k in keys if any(k in r for r in run.history)]
         head = [[Cell("epoch"), Cell("step", "n"), *(Cell(text(k), "n") for k in keys)]]
         body = [
@@ -132,17 +133,18 @@ def scores(report: Report) -> str:
             if not len(x):
                 continue
             lines.append(Line(run.name, x, y, run_color(i), False, taken(run, name)))
-            pairs = [(r.get(key, math.nan), r.get(TARGET_ACCURACY, math.nan)) for r in run.history]
+            pairs = [(r.get(key, math.nan), r.get(run.headline, math.nan)) for r in run.history]
             if (rho := measures.rank_correlation(*np.array(pairs, float).T)) is not None:
                 told.append(f"{dot(run_color(i)) if report.several else ''}{rho:+.2f}")
-        behind = report.runs[0].series(TARGET_ACCURACY) if not report.several else None
-        caption = f"Rank correlation with target accuracy {by_labels()}: {', '.join(told)}" if told else ""
+        behind = report.runs[0].series(report.runs[0].headline) if not report.several else None
+        caption = f"Rank correlation with target {report.runs[0].word} {by_labels()}: {', '.join(told)}" if told else ""
         title = f"{name} (selects)" if name in {r.summary["selection"]["score"] for r in report.runs} else name
         draw = lambda t, ls=lines, b=behind: figures.score_curve(t, ls, "", b, t is PRINT and len(ls) > 1)  # noqa: E731
         out.append(report.figure(Plot(f"score-{name}", text(title), trend(f"score {name}", lines), draw, caption)))
     words = "Larger is better for all of them. ◆ is the epoch that the score would take alone."
-    if not report.several and len(report.runs[0].series(TARGET_ACCURACY)[0]):
-        words += " The thin dashed line and the right scale are the target accuracy in percent, for comparison only."
+    if not report.several and len(report.runs[0].series(report.runs[0].headline)[0]):
+        what = f"target {report.runs[0].word}"
+        words += f" The thin dashed line and the right scale are the {what} in percent, for comparison only."
     return paragraph(words) + colour_key(report) + report.grid(out, "small")
 
 

@@ -29,7 +29,7 @@ def remarks(report: Report) -> list[str]:
 
 def remarks_on(run: Run) -> list[str]:
     """What stands out of one run."""
-    out, s = [], run.summary["target_accuracy"]
+    out, s = [], run.summary[run.measures[0]]
     if s["selected"] is not None and s["oracle"] is not None:
         lost = 100 * (s["oracle"] - s["selected"])
         out.append(
