@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from uda_multisource import DARN, M3SDA, MDAN, MFSAN, SourceWeights
+from uda_multisource import DARN, M3SDA, MDAN, MFSAN, LanDA, SourceWeights
 from uda_multisource.darn import aggregation_weights
 from uda_multisource.heads import SourceHeads, mean_of_probs
 from uda_multisource.m3sda import moment_distance
@@ -17,7 +17,7 @@ from uda_multisource.mfsan import classifier_gap
 
 import uda
 from uda import objectives
-from uda.testing import check_plugin, check_plugins_ddp
+from uda.testing import TinyTask, check_plugin, check_plugins_ddp
 
 NET = {"hidden": 5, "layers": 1, "batch_norm": False, "gamma": 0.0}
 TWO = {"sources": 2}
@@ -279,5 +279,7 @@ def test_adversary_of_one_source_set_serves_pooled_sources():
 
 
 @pytest.mark.slow
-def test_under_two_processes():
-    check_plugins_ddp(CASES)
+def test_under_two_processes(tmp_path):
+    domains, words = TinyTask("features", 2).domains(), str(tmp_path / "words.pt")
+    torch.save({"text": torch.randn(3, 3, 8), "domains": domains, "classes": ["cat", "dog", "fox"]}, words)
+    check_plugins_ddp([*CASES, (LanDA, {"init_args": {"prompts": words, "hidden": 8}, **TWO})])
