@@ -21,6 +21,7 @@ from uda_testtime.rna import RNA
 from uda_testtime.roid import ROID
 from uda_testtime.rotta import RoTTA
 from uda_testtime.santa import SANTA
+from uda_testtime.vdp import VDP
 from uda_testtime.vida import ViDA
 
 from uda.errors import UDAError
@@ -31,6 +32,7 @@ LIVELY = [
     SANTA(lr=0.1), PETAL(lr=0.1, views=2, threshold=2.0, batch_size=24, momentum=0.9),
     AdaContrast(lr=0.1, refine_after=20), NOTE(lr=0.1, capacity=9, every=10, epochs=1, batch_size=24),
     LSA("CoTTA", {"lr": 0.1, "views": 2, "threshold": 2.0}, "prior", steps=20, adapter_lr=0.05),
+    VDP(lr=0.1, views=2, threshold=0.01),
     ViDA(lr=0.1, adapter_lr=0.1, views=2, momentum=0.9, adapter_momentum=0.8, epochs=1, source_lr=0.1),
     BECoTTA(lr=0.1, margin=2.0, epochs=2, source_lr=0.1), RNA(epochs=2, lr=0.1),
     MetaDMoE(support=20, batch_size=24, heads=3, epochs=1, expert_epochs=1, aggregator_epochs=1, inner_lr=0.5),

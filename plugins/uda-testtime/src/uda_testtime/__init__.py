@@ -20,10 +20,11 @@ from uda_testtime.roid import ROID
 from uda_testtime.rotta import RoTTA
 from uda_testtime.santa import SANTA
 from uda_testtime.source import SourceSamples
+from uda_testtime.vdp import VDP
 from uda_testtime.vida import ViDA
 
 __all__ = [
-    "EATA", "ETA", "LAME", "LSA", "MEMO", "NOTE", "PETAL", "RMT", "RNA", "ROID", "SANTA", "SAR", "TENT", "AdaContrast",
-    "Adapter", "BECoTTA", "BNStatistics", "CoTTA", "Core", "Guard", "Method", "RoTTA", "Source", "SourceSamples",
-    "TestTime", "ViDA", "lame",
+    "EATA", "ETA", "LAME", "LSA", "MEMO", "NOTE", "PETAL", "RMT", "RNA", "ROID", "SANTA", "SAR", "TENT", "VDP",
+    "AdaContrast", "Adapter", "BECoTTA", "BNStatistics", "CoTTA", "Core", "Guard", "Method", "RoTTA", "Source",
+    "SourceSamples", "TestTime", "ViDA", "lame",
 ]  # fmt: skip

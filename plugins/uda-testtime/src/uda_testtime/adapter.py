@@ -190,9 +190,10 @@ class Adapter(Prepared):
                 return True
         if not self.parameters:
             return False
-        start = self._start["parameters"]
-        gap = sum(float((p - q).square().sum()) for p, q in zip(self.parameters, start, strict=True))
-        return gap**0.5 > self.guard.drift * max(sum(float(q.square().sum()) for q in start) ** 0.5, 1e-12)
+        # what starts at zero, such as a prompt or an adapter, has no size to compare with
+        pairs = [(p, q) for p, q in zip(self.parameters, self._start["parameters"], strict=True) if bool(q.any())]
+        gap = sum(float((p - q).square().sum()) for p, q in pairs)
+        return gap > self.guard.drift**2 * sum(float(q.square().sum()) for _, q in pairs)
 
     @torch.inference_mode(False)
     def snapshot(self) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Guard:
         window: samples looked at.
         top_share: largest share of the window that one predicted class may have. A stream sorted by class has such
             windows by nature: set 1 there.
-        drift: largest ``|theta - theta_0| / |theta_0|`` over the trained parameters.
+        drift: largest ``|theta - theta_0| / |theta_0|`` over the trained parameters, without those that start at zero.
     """
 
     window: int = 256
