@@ -1,10 +1,11 @@
 """Several sounds at once: NOTELA on generated spectrograms, from a source model and unlabelled target data.
 
-    python docs/examples/spectrograms.py [--folder DIR] [--seed 0]
+    python docs/examples/spectrograms.py [--folder DIR] [--seed 0] [--freeze_statistics] [--only_data]
 
 Each of eight classes is a tone with an overtone, at frequencies of its own; a clip has any number of them. The target
 has another gain, a tilt over the frequencies, and noise. The source model is trained, its data are deleted, and the
-target is adapted to. Measures: class-mean average precision, and mean average precision over clips.
+target is adapted to, by configs/spectrograms_source_only.yaml and configs/spectrograms_notela.yaml. Measures:
+class-mean average precision, and mean average precision over clips.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from uda.cli import main as uda
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CLASSES, BINS, FRAMES = 8, 32, 32
 
 
@@ -40,13 +41,13 @@ def clips(n: int, draw: np.random.Generator, target: bool) -> tuple[np.ndarray, 
     return np.log1p(4 * power)[:, None].clip(0, 2.5).astype(np.float32) / 2.5, y.astype(np.float32)
 
 
-def run(folder: Path, name: str, config: dict) -> dict:
-    """One ``uda fit``; its summary."""
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
-    words = ["fit", "--config", str(folder / f"{name}.yaml"), f"--run_dir={folder / name}", "--select_by=im"]
-    if code := uda(words):
+def run(folder: Path, config: str, *words: str) -> dict:
+    """One ``uda fit`` of a config; its summary."""
+    place = folder / config
+    more = ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    if code := uda(["fit", "--config", str(CONFIGS / f"{config}.yaml"), f"--run_dir={place}", *more, *words]):
         raise SystemExit(f"uda fit ended with {code}")
-    return json.loads((folder / name / "summary.json").read_text())
+    return json.loads((place / "summary.json").read_text())
 
 
 def main() -> None:
@@ -54,6 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only_data", action="store_true", help="write both.npz and target.npz, and stop")
+    parser.add_argument("--freeze_statistics", action="store_true", help="BatchNorm keeps those of the source")
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,30 +64,15 @@ def main() -> None:
     (a, y_a), (b, y_b) = clips(800, draw, False), clips(800, draw, True)
     np.savez(folder / "both.npz", studio_x=a, studio_y=y_a, field_x=b, field_y=y_b)
     np.savez(folder / "target.npz", field_x=b, field_y=y_b)
-
-    def config(file: str, source: str | None, epochs: int, rate: float, **model) -> dict:
-        return {
-            "seed_everything": args.seed,
-            "model": {
-                "backbone": "small_cnn", "bottleneck": 64,
-                "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": rate}},
-                "schedule": {"class_path": "uda.optim.Constant"}, **model,
-            },
-            "data": {
-                "reader": {"class_path": "Arrays", "init_args": {"path": str(folder / file), "multi_label": True}},
-                "source": source, "target": "field", "batch_size": 32,
-            },
-            "trainer": {
-                "max_epochs": epochs, "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False,
-            },
-        }  # fmt: skip
-
-    before = run(folder, "source", config("both.npz", "studio", 12, 1e-3))
+    if args.only_data:
+        return
+    seed, path = f"--seed_everything={args.seed}", "--data.reader.init_args.path"
+    before = run(folder, "spectrograms_source_only", seed, f"{path}={folder / 'both.npz'}")
     (folder / "both.npz").unlink()
-    # as published for audio, but for BatchNorm's statistics, which move to the target here
-    notela = {"class_path": "NOTELA", "init_args": {"neighbours": 5, "strength": 1.0, "mode": "offline"}}
-    start = str(folder / "source" / "checkpoints" / "last.ckpt")
-    after = run(folder, "notela", config("target.npz", None, 10, 1e-4, plugins={"refine": notela}, init_from=start))
+    start = folder / "spectrograms_source_only" / "checkpoints" / "last.ckpt"
+    kept = f"--model.plugins.refine.init_args.freeze_statistics={str(args.freeze_statistics).lower()}"
+    words = [seed, f"{path}={folder / 'target.npz'}", f"--model.init_from={start}", kept]
+    after = run(folder, "spectrograms_notela", *words)
     for name, summary in (("source model", before), ("NOTELA", after)):
         values = [100 * summary[m]["last"] for m in ("class_mean_ap", "mean_ap")]
         print(f"{name:13} class-mean average precision {values[0]:.1f}, over clips {values[1]:.1f}")

@@ -184,18 +184,19 @@ def test_notela_neighbours_are_euclidean_and_mutual():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["online", "offline"])
-def test_notela_trains_what_it_says(handed_over, mode):
+@pytest.mark.parametrize(("mode", "frozen"), [("online", False), ("offline", True)])
+def test_notela_trains_what_it_says(handed_over, mode, frozen):
     place, _ = handed_over
     name = f"notela_{mode}"
-    plugin = {"class_path": "NOTELA", "init_args": {"mode": mode, "neighbours": 5}}
+    options = {"mode": mode, "neighbours": 5, "freeze_statistics": frozen}
+    plugin = {"class_path": "NOTELA", "init_args": options}
     assert adapted(place, name, plugin, "--trainer.max_epochs=1") == 0
     start = torch.load(place / "source.ckpt", weights_only=True)["state_dict"]
     end = torch.load(place / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     moved = {k for k, v in start.items() if not torch.equal(v, end[k])}
     norm = {f"bottleneck.net.1.{n}" for n in ("weight", "bias")}
     statistics = {f"bottleneck.net.1.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")}
-    assert norm <= moved <= norm | statistics
+    assert moved == (norm if frozen else norm | statistics)
 
 
 def test_notela_needs_something_to_train(handed_over):

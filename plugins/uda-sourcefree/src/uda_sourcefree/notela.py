@@ -62,6 +62,7 @@ class NOTELA(NeighbourMemory):
         mutual: neighbours count where each is one of the other (published for vision).
         dropout: share of the features that the student misses, before the classifier. Not printed for vision.
         trainable: ``batch_norm``: scales and shifts of BatchNorm alone, as published; ``all``: the whole model.
+        freeze_statistics: BatchNorm normalises with the source's statistics, and keeps them; published for audio.
     """
 
     settings = ("closed", "partial", "source-free", "multi-label")
@@ -79,6 +80,7 @@ class NOTELA(NeighbourMemory):
         mutual: bool = True,
         dropout: float = 0.5,
         trainable: Literal["batch_norm", "all"] = "batch_norm",
+        freeze_statistics: bool = False,
     ) -> None:
         super().__init__(neighbours)
         if strength < 0 or temperature <= 0 or not 0 <= dropout < 1:
@@ -87,6 +89,7 @@ class NOTELA(NeighbourMemory):
             raise uda.UDAError("NOTELA: mode is 'online' or 'offline', trainable 'batch_norm' or 'all'.")
         self.strength, self.temperature, self.mode = strength, temperature, mode
         self.mutual, self.dropout, self.trainable = mutual, dropout, trainable
+        self.freeze_statistics = freeze_statistics
 
     def keys(self, features: Tensor) -> Tensor:
         """Features as they are: neighbours are Euclidean."""
@@ -121,6 +124,14 @@ class NOTELA(NeighbourMemory):
             weight = mutual(near[rows], near[near[rows]], rows) if self.mutual else torch.ones_like(near[rows]).float()
             probs = self.memory.probs[near[rows]]
             self.labels[rows] = self._teach(pool.logits[rows], probs, weight)
+
+    @uda.hookimpl
+    def prepare_batch(self, step: uda.Step) -> None:
+        """BatchNorm as in inference, where its statistics are to stay (each epoch puts it back into training)."""
+        if self.freeze_statistics:
+            for module in step.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
 
     def _teach(self, logits: Tensor, near_probs: Tensor, weight: Tensor) -> Tensor:
         return teacher_labels(logits, near_probs, weight, self.strength, self.temperature, self.multi_label)
