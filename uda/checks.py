@@ -24,6 +24,7 @@ _CHOICES = {
 }
 SPEC = (
     "num_classes", "class_names", "input_shape", "input_shapes", "sizes", "source_names", "target_name", "multi_label",
+    "missing_classes",
 )  # fmt: skip
 
 

@@ -49,8 +49,9 @@ class UDA(EvaluationLoop):
         compile_backbone: run the backbone through ``torch.compile``; ``channels_last``: images channels last.
         check_finite: stop at the first NaN or infinite objective, naming step, objective and plugin.
         scores, score_options: label-free scores (None: cheap ones), their cap, seed, thresholds (docs/selection.md).
-        num_classes, class_names, input_shape, input_shapes, sizes, source_names, target_name, multi_label: filled in
-            from the data module; to be given only where there is none (input_shapes only where domains differ).
+        num_classes, class_names, input_shape, input_shapes, sizes, source_names, target_name, multi_label,
+            missing_classes: filled in from the data module; to be given only where there is none (input_shapes and
+            missing_classes, ids by source, only where domains differ).
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class UDA(EvaluationLoop):
         source_names: list[str] | None = None,
         target_name: str | None = None,
         multi_label: bool | None = None,
+        missing_classes: dict[str, list[int]] | None = None,
     ) -> None:
         super().__init__()
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -107,6 +109,7 @@ class UDA(EvaluationLoop):
         self.input_shape, self.input_shapes = input_shape, input_shapes
         self.sizes, self.source_names = dict(sizes or {}), list(source_names or [])
         self.target_name, self.multi_label = target_name or "target", multi_label
+        self.missing_classes = dict(missing_classes or {})
         self.feature_dim: int | None = None
         self._pools: tuple[int, dict[str, Any]] = (-1, {})  # pools seen by the last evaluation, and when
         self._step: Step | None = None

@@ -29,7 +29,7 @@ def fails(match):
 
 
 def test_unknown_domain_gives_near_names(folders):
-    with fails(r"unknown source domain 'foto' in ImageFolders. Did you mean 'photo'"):
+    with fails(r"unknown source domain 'foto' in ImageFolders \(no folder '.*foto'\)\. Did you mean 'photo'"):
         setup(ImageFolders(folders), "foto")
     with fails(r"unknown target domain 'sketchy'.*'sketch'"):
         setup(ImageFolders(folders), target="sketchy")

@@ -49,10 +49,25 @@ def test_sources_of_other_classes_are_refused_or_joined(tmp_path):
     def classes(**options):
         data = DataModule(reader, source=["few", "rendered"], target="handwritten", batch_size=4, **options)
         data.setup("fit")
+        assert data.missing_classes == data.spec["missing_classes"] == {"few": [4, 5, 6, 7, 8, 9]}
         return data.class_names
 
     with pytest.raises(uda.UDAError, match="class '4' is missing in domain 'few'"):
         classes()
     assert classes(allow_missing_classes=True) == [str(d) for d in range(10)]
-    with pytest.raises(uda.UDAError, match="'gone'"):
+    assert classes(classes={"known": [str(d) for d in range(10)]})[4:] == list("456789")
+    with pytest.raises(uda.UDAError, match=r"'gone' in Several \(no key 'gone_x' in '.*few.npz'\)"):
         DataModule(reader, source=["few", "gone"], target="handwritten").setup("fit")
+
+
+def test_a_source_whose_file_has_gone_is_named(tmp_path):
+    """One file a domain: the message names the file, before anything is read."""
+    x, y = np.zeros((20, 8, 8), "uint8"), np.arange(20) % 4
+    for name in "abt":
+        np.savez(tmp_path / f"{name}.npz", **{f"{name}_x": x, f"{name}_y": y})
+    data = lambda: DataModule(Arrays(str(tmp_path / "{domain}.npz")), ["a", "b"], "t", batch_size=4)  # noqa: E731
+    data().setup("fit")
+    assert "missing_classes" not in data().spec
+    (tmp_path / "b.npz").unlink()
+    with pytest.raises(uda.UDAError, match=r"unknown source domain 'b' in Arrays \(no file '.*b.npz'\)"):
+        data().setup("fit")

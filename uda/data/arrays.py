@@ -76,6 +76,12 @@ class Arrays(Reader):
             return sorted(_match(self.path, f) for f in files if _match(self.path, f))
         return natural_order(n for n in (_match(self.x_key, k) for k in _open(self.path)) if n)
 
+    def place(self, domain: str) -> str:
+        """The file, or the key, that is not there."""
+        if _FIELD in self.path:
+            return f"no file {self.path.replace(_FIELD, domain)!r}"
+        return f"no key {self.x_key.replace(_FIELD, domain)!r} in {self.path!r}"
+
     def read(self, domain: str) -> DomainData:
         """Read one domain."""
         path = self.path.replace(_FIELD, domain)

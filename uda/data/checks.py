@@ -34,7 +34,8 @@ def check_domains(reader: Reader, sources: list[str], target: str) -> None:
     where = type(reader).__name__
     for role, name in [*(("source", s) for s in sources), ("target", target)]:
         if name not in known:
-            raise UDAError(f"unknown {role} domain {name!r} in {where}. {nearest(name, known)}")
+            place = f" ({told})" if (told := reader.place(name)) else ""
+            raise UDAError(f"unknown {role} domain {name!r} in {where}{place}. {nearest(name, known)}")
     if target in sources:
         raise UDAError(f"domain {target!r} is both source and target; choose two different domains")
     if len(set(sources)) < len(sources):

@@ -111,9 +111,21 @@ class KnownDomains:
         return {p.name: len(p.train) for p in self.task.all()}
 
     @property
+    def missing_classes(self) -> dict[str, list[int]]:
+        """Ids of the classes that a source lacks, by source; those that have all are left out."""
+        if self.multi_label:
+            return {}
+        have = {p.name: set(p.train.labels.tolist()) for p in self.task.sources}
+        lacking = {name: [c for c in range(self.num_classes) if c not in found] for name, found in have.items()}
+        return {name: ids for name, ids in lacking.items() if ids}
+
+    @property
     def spec(self) -> dict[str, Any]:
-        """What a model must know of the data, in plain types; ``input_shapes`` only where domains differ."""
-        shapes = self.input_shapes
+        """What a model must know of the data, in plain types.
+
+        ``input_shapes`` and ``missing_classes`` (ids that a source has no training sample of): where domains differ.
+        """
+        shapes, missing = self.input_shapes, self.missing_classes
         several = len(set(shapes.values())) > 1
         multi = {"multi_label": True} if self.multi_label else {}
         return multi | {
@@ -123,7 +135,9 @@ class KnownDomains:
             "sizes": self.sizes,
             "source_names": list(self.source_names),
             "target_name": self.target_name,
-        } | ({"input_shapes": {n: list(s) for n, s in shapes.items()}} if several else {})
+        } | ({"input_shapes": {n: list(s) for n, s in shapes.items()}} if several else {}) | (
+            {"missing_classes": missing} if missing else {}
+        )
 
     @property
     def labelled(self) -> LongTensor | None:

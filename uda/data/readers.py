@@ -32,6 +32,10 @@ class Reader(Described, ABC):
             UDAError: when it is unknown, empty or malformed.
         """
 
+    def place(self, domain: str) -> str:
+        """Where a domain is looked for, for the message that it is not there: ``no file 'a.npz'``; empty: not known."""
+        return ""
+
     def _known(self, domain: str, where: str) -> None:
         known = self.domains()
         if domain not in known:
@@ -70,6 +74,10 @@ class ImageFolders(Reader):
             raise UDAError(f"image folder root {self.root!r} does not exist or is no folder")
         with os.scandir(self.root) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+    def place(self, domain: str) -> str:
+        """The folder that is not there."""
+        return f"no folder {os.path.join(self.root, domain)!r}"
 
     def read(self, domain: str) -> DomainData:
         """Read one domain."""

@@ -43,6 +43,10 @@ class Several(Reader):
         """Names of the domains of all readers."""
         return list(self._owners())
 
+    def place(self, domain: str) -> str:
+        """Where the readers look for a domain."""
+        return ", ".join(told for r in self.readers if (told := r.place(domain)))
+
     def read(self, domain: str) -> DomainData:
         """Read one domain, by the reader that has it."""
         self._known(domain, "the readers")

@@ -155,6 +155,27 @@ def test_each_source_has_its_classifier_and_the_target_their_mean(make_step):
     assert mean_of_probs([torch.tensor([[500.0, -500.0]])]).isfinite().all()
 
 
+def test_a_source_has_no_vote_on_classes_that_it_lacks(make_step):
+    """A class has the mean of the classifiers that know it, each a softmax over its classes, by loops."""
+    for plugin in (M3SDA(pairs=True), MFSAN(hidden=3, ramp="none")):
+        model, step = make_step({"align": plugin}, missing_classes={"b": [2]})
+        model.eval()
+        logits = [z.detach().double().numpy() for i in range(2) for z in model.head.each(i, step.target.x)]
+        owners, known = np.repeat([0, 1], len(logits) // 2), [[0, 1, 2], [0, 1]]
+        expected = np.zeros((5, 3))
+        for n, c in np.ndindex(5, 3):
+            pairs = [(z[n], known[i]) for z, i in zip(logits, owners, strict=True) if c in known[i]]
+            expected[n, c] = np.mean([np.exp(z[c]) / np.exp(z[k]).sum() for z, k in pairs])
+        found = model(step.target.x).softmax(1).detach().numpy()
+        np.testing.assert_allclose(found, expected / expected.sum(1, keepdims=True), rtol=1e-5)
+    p, q = (torch.tensor(z).softmax(1) for z in logits)
+    gap = classifier_gap([torch.tensor(z) for z in logits], model.head.known)
+    assert float(gap) == pytest.approx(float((p - q).abs()[:, :2].sum() / 15), rel=1e-6)
+    for cls in (M3SDA, MFSAN):
+        with pytest.raises(uda.UDAError, match=f"{cls.__name__}: no source has a training sample of class 2"):
+            make_step({"align": cls()}, missing_classes={"a": [1, 2], "b": [2]})
+
+
 def test_pairs_part_and_features_bring_them_together(make_step):
     plugin = M3SDA(weight=0.0, pairs=True, discrepancy=0.7)
     model, step = make_step({"align": plugin})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,18 @@ from uda.nn import Bottleneck, LinearHead, active_domain, no_autocast
 from uda.nn.precision import full
 
 
-def mean_of_probs(logits: list[Tensor]) -> Tensor:
-    """Logarithm of the mean of the classifiers' softmax, ``[B, C]`` each -> ``[B, C]``: logits of their mean vote."""
+def mean_of_probs(logits: list[Tensor], known: Tensor | None = None) -> Tensor:
+    """Logarithm of the mean of the classifiers' softmax, ``[B, C]`` each -> ``[B, C]``: logits of their mean vote.
+
+    Args:
+        known: bool ``[M, C]``, the classes that each classifier was trained on: of the others it says nothing, and a
+            class has the mean of those who know it. None: all.
+    """
     with no_autocast(logits[0]):
-        return torch.stack([full(z).log_softmax(1) for z in logits]).logsumexp(0) - math.log(len(logits))
+        if known is None or bool(known.all()):
+            return torch.stack([full(z).log_softmax(1) for z in logits]).logsumexp(0) - math.log(len(logits))
+        votes = [full(z).masked_fill(~k, -torch.inf).log_softmax(1) for z, k in zip(logits, known, strict=True)]
+        return (torch.stack(votes).logsumexp(0) - known.sum(0).log()).log_softmax(1)
 
 
 class SourceHeads(nn.Module):
@@ -28,10 +37,20 @@ class SourceHeads(nn.Module):
         names: of the sources; in_features: F; num_classes: C.
         hidden: width of a Linear-BatchNorm-ReLU of its own before each source's classifiers; 0: none.
         copies: classifiers of each source.
+        missing: ids of the classes that a source lacks, by name: its classifiers have no vote on them.
     """
 
-    def __init__(self, names: list[str], in_features: int, num_classes: int, hidden: int = 0, copies: int = 1) -> None:
+    known: Tensor
+
+    def __init__(
+        self, names: list[str], in_features: int, num_classes: int, hidden: int = 0, copies: int = 1,
+        missing: Mapping[str, list[int]] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        known = torch.ones(len(names), num_classes, dtype=torch.bool)
+        for i, name in enumerate(names):
+            known[i, list((missing or {}).get(name, ()))] = False
+        self.register_buffer("known", known, persistent=False)
         self.names, self.in_features, self.num_classes = list(names), in_features, num_classes
         width = hidden or in_features
         self.branches = nn.ModuleList(Bottleneck(in_features, hidden) if hidden else nn.Identity() for _ in names)
@@ -54,7 +73,8 @@ class SourceHeads(nn.Module):
         if domain is not None and domain.role == "source" and domain.name in self.names:
             i = self.names.index(domain.name)
             return self.classifiers[i][0](self.branch(i, features))
-        return mean_of_probs([z for i in range(len(self.names)) for z in self.each(i, features)])
+        each = [self.each(i, features) for i in range(len(self.names))]
+        return mean_of_probs([z for own in each for z in own], self.known.repeat_interleave(len(each[0]), 0))
 
 
 def put_heads(model: uda.UDA, names: list[str], who: str, hidden: int = 0, copies: int = 1) -> SourceHeads:
@@ -69,5 +89,9 @@ def put_heads(model: uda.UDA, names: list[str], who: str, hidden: int = 0, copie
                 f"{who} puts a classifier for each source in the place of the model's head, but another plugin has "
                 "replaced it already: take one of the two."
             )
-        model.head = SourceHeads(names, model.feature_dim, model.num_classes, hidden, copies)
+        missing = model.missing_classes
+        if alone := [c for c in range(model.num_classes) if all(c in missing.get(n, ()) for n in names)]:
+            name = (model.class_names or range(model.num_classes))[alone[0]]
+            raise uda.UDAError(f"{who}: no source has a training sample of class {name!r}; leave it out: data.classes.")
+        model.head = SourceHeads(names, model.feature_dim, model.num_classes, hidden, copies, missing)
     return model.head

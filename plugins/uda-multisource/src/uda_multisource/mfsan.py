@@ -16,11 +16,18 @@ from uda_multisource.heads import put_heads
 from uda_multisource.several import require_several
 
 
-def classifier_gap(logits: list[Tensor]) -> Tensor:
-    """``mean |p_i - p_j|`` over entries and over pairs of classifiers on the same target, ``[B, C]`` each."""
+def classifier_gap(logits: list[Tensor], known: Tensor | None = None) -> Tensor:
+    """``mean |p_i - p_j|`` over entries and over pairs of classifiers on the same target, ``[B, C]`` each.
+
+    Args:
+        known: bool ``[M, C]``, the classes that each classifier was trained on: two need not agree on one that either
+            does not know.
+    """
     with no_autocast(logits[0]):
         probs = [full(z).softmax(1) for z in logits]
-        return torch.stack([(p - q).abs().mean() for p, q in itertools.combinations(probs, 2)]).mean()
+        known = logits[0].new_ones(len(probs), probs[0].shape[1], dtype=torch.bool) if known is None else known
+        pairs = itertools.combinations(zip(probs, known, strict=True), 2)
+        return torch.stack([((p - q).abs() * (k & m)).mean() for (p, k), (q, m) in pairs]).mean()
 
 
 class MFSAN(Weighted):
@@ -72,5 +79,5 @@ class MFSAN(Weighted):
             logits.append(heads.classifiers[i][0](theirs))
         return {
             "mmd": self.scaled(step, torch.stack(mmds).mean()),
-            "agreement": self.scaled(step, self.agreement * classifier_gap(logits)),
+            "agreement": self.scaled(step, self.agreement * classifier_gap(logits, heads.known)),
         }
