@@ -22,7 +22,7 @@ from uda_sourcefree.shot_plus import sharpened, sure_half
 import uda
 from uda.cli import main
 from uda.images import rotate
-from uda.testing import check_plugin, check_plugins_ddp
+from uda.testing import TinyTask, check_plugin, check_plugins_ddp
 
 CASES = [
     (SHOT, {"label_weight": 0.5}), (NRC, {"neighbours": 2, "expanded": 2}), (AaD, {"neighbours": 2, "beta": 1.0}),
@@ -139,6 +139,35 @@ def test_match_or_conf_in_all_cases():
     labels, kept = match_or_conf(first, second, 0.5)
     assert labels.tolist() == [c[2] for c in cases]
     assert kept.tolist() == [c[3] for c in cases]
+
+
+class Second(torch.nn.Module):
+    """Takes note of what it sees; its features are the pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return x.flatten(1)
+
+
+def test_colearn_shows_the_second_network_its_own_view():
+    """Its size and normalisation, once for the whole target and in order; the model goes on with the run's."""
+    second, train = Second(), []
+    views = uda.data.Views(test=lambda image: 4 * image[:, ::2, ::2] - 1)
+    model = uda.UDA("small_cnn", {"pseudo": CoLearn(second, views, threshold=0.0)}, bottleneck=8, scores=[])
+    model.backbone.register_forward_pre_hook(lambda _, x: train.append(x[0].shape[1:]))
+    data = uda.DataModule(TinyTask(kind="images"), target="target", batch_size=8, epoch_steps=2, eval_batch_size=20)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    L.Trainer(max_epochs=2, accelerator="cpu", devices=1, **quiet).fit(model, data)
+    seen = torch.cat(second.seen)
+    raw = TinyTask(kind="images").read("target").inputs.x
+    torch.testing.assert_close(seen, 4 * raw[:, :, ::2, ::2] - 1)
+    assert set(train) == {torch.Size([1, 8, 8])}
+    probs = centroid_probs(model.plugins["pseudo"]._second, torch.eye(48))
+    assert probs.argmax(1).tolist() == list(range(48))  # rows of the bank are those of the samples
 
 
 def test_shot_plus_splits_each_class_by_entropy():
