@@ -20,7 +20,7 @@ from uda.optim import Constant
 from uda.testing import TinyTask
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("network", "align", "penalty", "pseudo", "refine", "smooth", "weights", "weigh", "reject")
+KINDS = ("network", "align", "penalty", "pseudo", "refine", "smooth", "weights", "weigh", "reject", "generalise")
 SMALL = {"hidden": 16, "random_width": 16}  # of discriminators and the like
 ANY_ALIGNER = {
     "FixedWeights": {"weights": {"classification": 0.5}},

@@ -14,16 +14,18 @@ from uda_testtime.corruptions import CORRUPTIONS, Corruptions
 from uda_testtime.streams import GRADUAL, Shift
 
 
-class _Once(Reader):
+class Once(Reader):
     """Reads each domain once: several shifts share the sources. ``more``: names that its reader does not list."""
 
     def __init__(self, reader: Reader, more: list[str] | None = None) -> None:
         self.reader, self.found, self.more = reader, {}, list(more or [])
 
     def domains(self) -> list[str]:
+        """Those of the reader, and more."""
         return [*self.reader.domains(), *self.more]
 
     def read(self, domain: str) -> Any:
+        """The domain, at the first time from the reader."""
         if domain not in self.found:
             self.found[domain] = self.reader.read(domain)
         return self.found[domain]
@@ -46,7 +48,7 @@ def shifts_of(
     names, clean = list(names or [datamodule.target_name]), datamodule.reader.domains()
     if strange := [n for n in names if n not in clean]:
         raise UDAError(f"unknown domain {strange[0]!r} of the stream. {nearest(strange[0], clean)}")
-    reader = _Once(datamodule.reader)
+    reader = Once(datamodule.reader)
     if gradual and not corruptions:
         raise UDAError("a gradual stream goes through severities: it needs corruptions.")
     if corruptions:
@@ -55,7 +57,7 @@ def shifts_of(
             raise UDAError(f"unknown corruption {strange[0]!r}. {nearest(strange[0], CORRUPTIONS)}")
         levels = [f"/{s}" for s in GRADUAL] if gradual else [""]
         names = [f"{n}/{c}{level}" for n in names for c in found for level in levels]
-        reader = _Once(Corruptions(reader, severity, cache=cache), names if gradual else None)
+        reader = Once(Corruptions(reader, severity, cache=cache), names if gradual else None)
     first, out = None, []
     for name in names:
         shift = _shift(datamodule, reader, name)
@@ -67,9 +69,16 @@ def shifts_of(
     return out
 
 
-def _shift(datamodule: Any, reader: Reader, name: str) -> tuple[Shift, list[str]]:
+def with_target(datamodule: Any, name: str, reader: Reader | None = None) -> Any:
+    """The data module with another target, and with another reader if one is given; the given one is left alone."""
     part = copy.copy(datamodule)
-    part.reader, part.target_name, part._task, part._shapes = reader, name, None, None
+    part.reader, part.target_name, part._task, part._shapes = reader or datamodule.reader, name, None, None
+    part.trainer = None
+    return part
+
+
+def _shift(datamodule: Any, reader: Reader, name: str) -> tuple[Shift, list[str]]:
+    part = with_target(datamodule, name, reader)
     pools = part.task.target
     dataset = part._feeds.dataset(pools, pools.eval, {"x": "test"}, replace_index=False)
 
