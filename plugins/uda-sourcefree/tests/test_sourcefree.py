@@ -17,7 +17,7 @@ from uda_sourcefree.neighbours import largest, nearest
 from uda_sourcefree.notela import mutual, teacher_labels
 from uda_sourcefree.nrc import neighbour_agreement, reciprocity
 from uda_sourcefree.shot import centroid_labels
-from uda_sourcefree.shot_plus import sharpened, sure_half
+from uda_sourcefree.shot_plus import sharpened, sure_share
 
 import uda
 from uda.cli import main
@@ -174,7 +174,7 @@ def test_shot_plus_splits_each_class_by_entropy():
     draw = np.random.default_rng(4)
     labels, entropy = draw.integers(0, 4, 31), draw.random(31)
     labels[labels == 2] = 3  # a class that nothing is predicted as
-    found = sure_half(torch.tensor(labels), torch.tensor(entropy), 0.5)
+    found = sure_share(torch.tensor(labels), torch.tensor(entropy), 0.5)
     for c in (0, 1, 3):
         members = np.flatnonzero(labels == c)
         first = members[np.argsort(entropy[members])][: int(np.ceil(len(members) / 2))]

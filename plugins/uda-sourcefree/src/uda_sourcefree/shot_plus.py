@@ -16,7 +16,7 @@ from uda_sourcefree.shot import SHOT
 
 
 @torch.no_grad()
-def sure_half(labels: Tensor, uncertainty: Tensor, share: float = 0.5) -> Tensor:
+def sure_share(labels: Tensor, uncertainty: Tensor, share: float = 0.5) -> Tensor:
     """Mask ``[N]`` of the samples whose entropy is among the smallest ``share`` of their predicted class.
 
     Args:
@@ -43,20 +43,21 @@ class SHOTPlusPlus(SHOT):
 
     First step, up to ``second_step`` of the run: the objectives of SHOT, and
     ``rotation * CE(q([f(x), f(turn_r x)]), r)`` with a linear head ``q`` on the features of an image, as constants, and
-    of its rotation by r quarters. Second step: the target is split once, in each predicted class by the median of the
-    entropy (:func:`sure_half`). Sure samples keep
-    their label; the others get the sharpened mean prediction of two views; all are mixed with random partners, and
-    ``CE + unsure_weight * ramp * mean (p - y)^2`` is over the sure and the unsure rows of the batch. The classifier
-    stays frozen. The paper starts the second step with a new optimiser and trains the rotation head before the first;
-    here both go on in one run, with all jointly.
+    of its rotation by r quarters. Second step: the target is split once, in each predicted class by entropy
+    (:func:`sure_share`). Sure samples keep their label; the others get the sharpened mean prediction of two views; all
+    are mixed with random partners, and ``CE + unsure_weight * ramp * mean (p - y)^2`` is over the sure and the unsure
+    rows of the batch. The classifier stays frozen. The authors' code trains the rotation head before the first step,
+    and starts the second with a new optimiser and a new classifier, on batches of as many sure as unsure samples; here
+    both go on in one run, jointly.
 
     Args:
         label_weight, entropy_weight, diversity, threshold, rounds: of SHOT.
         rotation: weight of the rotations; 0 where inputs are no square images.
         second_step: share of the run after which the second step starts; 1: never.
-        share: of each predicted class that is sure; published: half.
+        share: of each predicted class that is sure; None: the share of the target whose entropy is below its mean, as
+            in the authors' code.
         temperature: of the sharpening; mixing: a of Beta(a, a).
-        unsure_weight: of the unsure samples; its ramp is linear over the second step.
+        unsure_weight: of the unsure samples; its ramp is linear over the second step. 100 in the authors' code.
     """
 
     settings = ("closed", "source-free")
@@ -74,13 +75,13 @@ class SHOTPlusPlus(SHOT):
         rounds: int = 2,
         rotation: float = 0.6,
         second_step: float = 0.5,
-        share: float = 0.5,
+        share: float | None = None,
         temperature: float = 0.5,
         mixing: float = 0.75,
-        unsure_weight: float = 10.0,
+        unsure_weight: float = 100.0,
     ) -> None:
         super().__init__(label_weight, entropy_weight, diversity, threshold, rounds)
-        if min(rotation, unsure_weight) < 0 or not 0 <= second_step <= 1 or not 0 < share < 1:
+        if min(rotation, unsure_weight) < 0 or not 0 <= second_step <= 1 or not (share is None or 0 < share < 1):
             raise uda.UDAError("SHOTPlusPlus: weights not negative, second_step in [0, 1], share between 0 and 1.")
         if temperature <= 0 or mixing <= 0:
             raise uda.UDAError("SHOTPlusPlus: temperature and mixing must be above 0.")
@@ -119,7 +120,9 @@ class SHOTPlusPlus(SHOT):
             return super().refresh(model, bank)
         logits = full(bank.target.logits)
         self.labels.copy_(logits.argmax(1))
-        self.sure.copy_(sure_half(self.labels, entropy(logits), self.share))
+        uncertainty = entropy(logits)
+        share = self.share or float((uncertainty < uncertainty.mean()).float().mean())
+        self.sure.copy_(sure_share(self.labels, uncertainty, share))
         self.started.fill_(True)
 
     @uda.hookimpl
