@@ -52,6 +52,14 @@ def array_file(path: Path, reader: dict, widths: dict[str, int]) -> None:
     np.savez(path, **out)
 
 
+def halved_file(path: Path, classes: list[str]) -> None:
+    """An npz of one domain of small colour images, for its halves."""
+    draw = np.random.default_rng(0)
+    y = np.arange(160) % len(classes)
+    x = draw.integers(0, 120, (160, 32, 32, 3)) + 30 * y.reshape(-1, 1, 1, 1)
+    np.savez(path, x=x.astype(np.uint8), y=y, classes=np.array(classes))
+
+
 def text_files(folder: Path, domains: list[str]) -> None:
     """A .jsonl a domain: a word for each class, and one for the domain."""
     folder.mkdir()
@@ -76,6 +84,9 @@ def stand_in(config: dict, name: str, folder: Path) -> list[str]:
     if kind == "Texts":
         text_files(folder / "texts", domains)
         return [f"--data.reader.init_args.path={folder / 'texts'}/{{domain}}.jsonl"]
+    if kind == "Halves":
+        halved_file(folder / f"{data['target'].rpartition('_')[0]}.npz", data["classes"]["known"])
+        return [f"--data.reader.reader.path={folder}/{{domain}}.npz"]
     if kind == "Arrays":
         backbones = {}
         if data.get("heterogeneous"):  # a backbone of its own input size for each role
@@ -109,6 +120,31 @@ def test_config_runs(name, tmp_path, monkeypatch):
     several = data["reader"].get("init_args", {}).get("multi_label", False)
     assert 0 <= summary["class_mean_ap" if several else "target_accuracy"]["last"] <= 1
     assert summary["target"] == data["target"]
+
+
+@pytest.mark.slow
+def test_a_stream_of_corruptions_from_its_config(tmp_path, monkeypatch):
+    """``uda fit`` on the source's config, then ``uda adapt`` on that of the stream, as their heads say."""
+    pytest.importorskip("corrupt_tta")
+    from uda.cli import main
+
+    source, stream = (ROOT / "configs" / f"{name}.yaml" for name in ("cifar10_source", "cifar10c_tent"))
+    words = stand_in(yaml.safe_load(source.read_text()), source.name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code = main(["fit", "--config", str(source), *words, "--data.epoch_steps=2", "--trainer.max_epochs=1",
+                 "--trainer.enable_progress_bar=false"])  # fmt: skip
+    assert code == 0
+    checkpoint = re.search(r"init_from=(\S+)", stream.read_text())[1]
+    command = ["adapt", "--config", str(stream), f"--model.init_from={checkpoint}", *words, "--limit", "3"]
+    assert main(command) == 0
+    out = tmp_path / "runs" / "cifar10_source" / "seed0" / "adapt" / "TENT-continual"
+    told = json.loads((out / "stream.json").read_text())
+    assert (told["samples"], told["batch_size"], len(told["oracle_error_by_shift"])) == (45, 200, 15)
+    assert len(list((tmp_path / "data" / "cifar10c").glob("*-5-*.npz"))) == 15
+    more = ["--config", str(ROOT / "configs" / "methods" / "sar.yaml"), "--setting", "correlated"]
+    assert main([*command, *more, "--corruptions", "contrast", "fog", "--batch_size", "2"]) == 0
+    told = json.loads((out.parent / "SAR-correlated" / "stream.json").read_text())
+    assert (told["samples"], told["batches"]) == (6, 4)
 
 
 @pytest.mark.slow
