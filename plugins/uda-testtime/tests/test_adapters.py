@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from uda_testtime import Adapter, SourceSamples
 from uda_testtime.becotta import BECoTTA
-from uda_testtime.layers import hidden_layers, norm_layers, residual_blocks, told, width
+from uda_testtime.layers import hidden_layers, residual_blocks, told, width
 from uda_testtime.rna import RNA
+from uda_testtime.surgery import norm_layers
 from uda_testtime.vida import ViDA, VidaLayer, disagreement
 from uda_testtime.warmup import PIXELS, ROWS, pixel_domain, row_domain
 

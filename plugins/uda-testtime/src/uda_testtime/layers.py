@@ -45,11 +45,6 @@ def width(module: nn.Module) -> int:
     return 0
 
 
-def norm_layers(net: nn.Module) -> dict[str, nn.Module]:
-    """Normalisation layers by name."""
-    return {name: m for name, m in net.named_modules() if isinstance(m, NORMS)}
-
-
 def residual_blocks(net: nn.Module, head: str | None) -> dict[str, nn.Module]:
     """Outermost modules whose class is named as residual blocks are, by name; none around the classifier ``head``."""
     found: dict[str, nn.Module] = {}

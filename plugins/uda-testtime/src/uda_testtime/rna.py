@@ -12,18 +12,10 @@ from torch.nn import functional as F
 from uda.errors import UDAError
 from uda.nn import full, no_autocast
 from uda_testtime.adapter import Adapter, Method
-from uda_testtime.layers import (
-    channel_axis,
-    hidden_layers,
-    named_layers,
-    norm_layers,
-    per_sample,
-    told,
-    width,
-    wrap,
-)
+from uda_testtime.layers import channel_axis, hidden_layers, named_layers, per_sample, told, width, wrap
 from uda_testtime.parts import class_prototypes, feature_size, seeded
 from uda_testtime.source import SourceSamples
+from uda_testtime.surgery import norm_layers
 from uda_testtime.warmup import DOMAINS, pseudo_domain, warm_up
 
 
