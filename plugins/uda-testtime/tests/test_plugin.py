@@ -48,6 +48,18 @@ def test_same_as_the_adapter():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_several_processes_and_inference_mode_are_refused(monkeypatch):
+    data = uda.data.DataModule(TinyTask("features", 1), source="source", target="target", eval_batch_size=8, seed=0)
+    model = uda.UDA(uda.nn.MLP([8]), {"adapt": TestTime()}, bottleneck=4, **data.spec).eval()
+    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
+    with pytest.raises(uda.UDAError, match="inference_mode=False"):
+        L.Trainer(accelerator="cpu", devices=1, **off).predict(model, data)
+    trainer = L.Trainer(accelerator="cpu", devices=1, inference_mode=False, **off)
+    monkeypatch.setattr(L.Trainer, "world_size", property(lambda self: 2))
+    with pytest.raises(uda.UDAError, match=r"'adapt' adapts to a stream and would drift apart.*devices=1"):
+        trainer.predict(model, data)
+
+
 def test_text_among_the_arguments_of_a_method_is_text():
     """``arguments`` is a free mapping: a word in it is no class name."""
     from uda.spelling import check_value, parameters
