@@ -1,6 +1,6 @@
 """What a test-time method costs a batch, beside plain inference: the table of docs/benchmarks/testtime_cost.md.
 
-    python tests/benchmarks/testtime_cost.py [--page docs/benchmarks/testtime_cost.md] [--rounds 5] [--methods ...]
+    python tests/benchmarks/testtime_cost.py [--page docs/benchmarks/testtime_cost.md] [--rounds 3] [--methods ...]
 
 All methods run in turn, a batch each, for some rounds, so that a drift of the machine's speed touches all of them; time
 is a median of ratios to plain inference in the same round. Forwards and backwards are those of the whole network, of
@@ -11,6 +11,7 @@ batches and what it takes at most within one, in sizes of the model and of plain
 from __future__ import annotations
 
 import argparse
+import inspect
 import statistics
 import tempfile
 import time
@@ -20,17 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from testtime import METHODS, SUITES, adapter_of
+from testtime import METHODS, SUITES, Suite
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from uda_testtime import Adapter
-from uda_testtime.registry import methods
+from uda_testtime import Adapter, SourceSamples
+from uda_testtime.registry import method_class, methods
 from uda_testtime.streams import Stream
 
 from uda.errors import UDAError
 
 BATCH, WARM_UP = 64, 2
+#: A short phase before the stream: what a batch costs does not depend on its length.
+SHORT = {"warmup": 256, "epochs": 1, "steps": 1}
 BEGIN, END = "<!-- testtime_cost -->", "<!-- /testtime_cost -->"
 
 
@@ -72,6 +75,17 @@ class Peak(TorchDispatchMode):
         self.now -= size
 
 
+def adapter_of(suite: Suite, name: str) -> Adapter:
+    """Made ready with a few source samples; two domains, as some methods want several."""
+    kind, arguments = METHODS.get(name, (name, {}))
+    known = inspect.signature(method_class(kind)).parameters
+    method = method_class(kind)(**{k: v for k, v in SHORT.items() if k in known}, **arguments)
+    a = Adapter(suite.net, method, **suite.scale)
+    x, y = (v[:256] for v in suite.source)
+    a.prepare(SourceSamples(x, y, torch.arange(len(x)) % 2))
+    return a
+
+
 def kept(a: Adapter) -> int:
     """Bytes that an adapter holds between batches beyond the network itself: copies, averages, memories, the start."""
     own = {p.untyped_storage()._cdata for p in [*a.net.parameters(), *a.net.buffers()]}
@@ -91,7 +105,7 @@ def measured(chosen: list[str], rounds: int, cache: Path) -> dict[str, dict[str,
     adapters: dict[str, Adapter] = {}
     for name in ["source", *(n for n in chosen if n != "source")]:
         try:
-            adapters[name] = adapter_of(suite, name, 0, cache)
+            adapters[name] = adapter_of(suite, name)
         except UDAError as error:
             print(f"{name}: {error}")
     out = {name: {"seconds": [], "needs": a.method.needs} for name, a in adapters.items()}
@@ -131,7 +145,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--page", type=Path, help="put the table between its marks there")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "uda_testtime_benchmark")
     named = {kind for kind, _ in METHODS.values()}
     every = [*METHODS, *(n for n in methods() if n not in named)]
