@@ -10,7 +10,7 @@ from uda.bench.ledger import Ledger
 from uda.bench.runner import run_all
 from uda.bench.suite import Suite
 from uda.cli import main
-from uda.commands.bench import made_from_marker
+from uda.commands.bench_tables import made_from_marker
 from uda.errors import UDAError
 
 ROOT = Path(__file__).resolve().parents[2]
