@@ -60,7 +60,7 @@ class BECoTTA(Method):
     def __init__(
         self, lr: float = 1e-3, optimizer: str = "adam", weight: float = 1.0, margin: float = 0.4,
         restore: float = 0.01, domains: int = 4, experts: int = 4, top: int = 3, rank: int = 6,
-        layers: list[str] | None = None, domain_weight: float = 0.1, synergy: float = 5e-4, epochs: int = 5,
+        layers: list[str] | None = None, domain_weight: float = 0.1, synergy: float = 5e-4, epochs: int = 3,
         source_lr: float = 1e-3, batch_size: int = 64, source_weight: float = 1.0, compat: bool = False,
     ) -> None:  # fmt: skip
         if not 2 <= domains <= DOMAINS:
