@@ -4,9 +4,9 @@
     python tests/benchmarks/lftl_budget.py LEDGER.jsonl --table
 
 PACS features, two tasks. A model is trained on the source; each run starts from it and sees the target, in the ten
-rounds that are published, each of an epoch, with the rate from its start. The oracle is simulated: a file of labels, of
-which LFTL gets the queried ones. Accuracy is given over samples that were not queried (`rest`), and over all (`all`, as
-published, which counts the queried ones too). What the ledger has is not made again.
+rounds and batches of 64 that are published, each round of 20 steps with the rate from its start. The oracle is
+simulated: a file of labels, of which LFTL gets the queried ones. Accuracy is given over samples that were not queried
+(`rest`), and over all (`all`, as published, which counts the queried ones too). What the ledger has is not made again.
 """
 
 from __future__ import annotations
@@ -18,42 +18,65 @@ import os
 import tempfile
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pandas as pd
 import torch
+from uda_sourcefree import LFTL
+from uda_sourcefree.oracle import SimulatedOracle
 
 import uda
 from uda.cli import main as command
+from uda.optim import InverseDecay, Restarts
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = Path(os.environ.get("UDA_SHARED_DATA", ROOT.parent / "shared" / "data")) / "pacs_efficientnet_lite0.npz"
 TASKS = [("art_painting", "cartoon"), ("photo", "art_painting")]
 BUDGETS = (0.01, 0.05, 0.1)
 SAMPLING = ("random", "contrastive", "margin", "entropy", "badge", "clue", "k_centre")
-ROUNDS = 10
+ROUNDS, STEPS, BATCH = 10, 20, 64
 CLASSES = np.load(FILE)["classes"].tolist()
-WORDS = [
-    f"--data.reader.init_args.path={FILE}", "--model.head=weight_norm", "--model.label_smoothing=0.1",
-    "--trainer.logger=false", "--trainer.enable_progress_bar=false", "--select_by=im",
-    "--trainer.check_val_every_n_epoch=10",
-]  # fmt: skip
-BASE = ["--config", str(ROOT / "configs" / "pacs_features_source_only.yaml"), *WORDS]
-OVERLAY = str(ROOT / "configs" / "methods" / "active" / "lftl.yaml")
+QUIET = {
+    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_checkpointing": False,
+    "enable_model_summary": False, "num_sanity_val_steps": 0, "limit_val_batches": 0,
+}  # fmt: skip
 
 
-def fit(words: list[str], folder: Path) -> Path:
-    """One ``uda fit``; its last checkpoint."""
-    if code := command(["fit", *words, f"--run_dir={folder}"]):
-        raise SystemExit(f"uda fit ended with {code}: {' '.join(words)}")
-    return folder / "checkpoints" / "last.ckpt"
+def source_model(source: str, target: str, seed: int, folder: Path) -> Path:
+    """Checkpoint of a model of the source, trained by its config."""
+    last = folder / "checkpoints" / "last.ckpt"
+    if not last.exists():
+        code = command([
+            "fit", "--config", str(ROOT / "configs" / "pacs_features_source_only.yaml"),
+            f"--data.reader.init_args.path={FILE}", "--model.head=weight_norm", "--model.label_smoothing=0.1",
+            f"--seed_everything={seed}", f"--data.source={source}", f"--data.target={target}", "--trainer.logger=false",
+            "--trainer.enable_progress_bar=false", "--select_by=im", "--trainer.check_val_every_n_epoch=10",
+            f"--run_dir={folder}",
+        ])  # fmt: skip
+        if code:
+            raise SystemExit(f"uda fit ended with {code}")
+    return last
 
 
-def accuracies(checkpoint: Path, x: np.ndarray, y: np.ndarray) -> tuple[float, float, int]:
+def adapted(start: Path, target: str, seed: int, budget: float, how: str, labels: Path) -> uda.UDA:
+    """The model after LFTL."""
+    L.seed_everything(seed, verbose=False)
+    reader = uda.data.Arrays(str(FILE), kind="features")
+    data = uda.DataModule(reader, None, target, batch_size=BATCH, epoch_steps=STEPS, seed=seed)
+    plugin = LFTL(budget, SimulatedOracle(str(labels)), rounds=ROUNDS, sampling=how)
+    model = uda.UDA(
+        "identity", {"refine": plugin}, bottleneck=256, head="weight_norm", label_smoothing=0.1,
+        schedule=Restarts(InverseDecay(), ROUNDS), init_from=str(start), scores=[],
+    )  # fmt: skip
+    L.Trainer(max_epochs=ROUNDS, **QUIET).fit(model, data)
+    return model
+
+
+def accuracies(model: uda.UDA, x: np.ndarray, y: np.ndarray) -> tuple[float, float, int]:
     """Accuracy over the samples that were not queried, over all, and the number of queried ones."""
-    model = uda.UDA.load_from_checkpoint(checkpoint, map_location="cpu").eval()
-    names = [CLASSES.index(c) for c in model.class_names]
+    names = np.array([CLASSES.index(c) for c in model.class_names])
     with torch.no_grad():
-        label = np.array(names)[model(torch.tensor(x, dtype=torch.float32)).argmax(1).numpy()]
+        label = names[model.eval()(torch.tensor(x, dtype=torch.float32)).argmax(1).numpy()]
     right, rest = label == y, np.ones(len(y), bool)
     if "refine" in model.plugins:
         rest[model.plugins["refine"].chosen.numpy()] = False
@@ -93,28 +116,18 @@ def main() -> None:
             wanted = [(0.0, "none"), *((b, s) for b in BUDGETS for s in args.sampling)]
             if all(f"{source}/{target}/{b}/{s}/{seed}" in done for b, s in wanted):
                 continue
-            base = [*BASE, f"--seed_everything={seed}", f"--data.target={target}"]
-            start = place / "source" / "checkpoints" / "last.ckpt"
-            if not start.exists():
-                fit([*base, f"--data.source={source}"], place / "source")
+            start = source_model(source, target, seed, place / "source")
             with (place / "labels.csv").open("w", newline="") as out:
                 csv.writer(out).writerows([("id", "label"), *((f"{target}/{i}", CLASSES[c]) for i, c in enumerate(y))])
-            oracle = {"class_path": "SimulatedOracle", "init_args": {"labels": str(place / "labels.csv")}}
             for budget, how in wanted:
                 key = f"{source}/{target}/{budget}/{how}/{seed}"
                 if key in done:
                     continue
-                last = start
                 if budget:
-                    last = fit([
-                        *base, "--config", OVERLAY, "--data.source=null", f"--model.init_from={start}",
-                        f"--model.plugins.refine.init_args.budget={budget}",
-                        f"--model.plugins.refine.init_args.rounds={ROUNDS}",
-                        f"--model.schedule.init_args.times={ROUNDS}",
-                        f"--model.plugins.refine.init_args.sampling={how}",
-                        f"--model.plugins.refine.init_args.oracle={json.dumps(oracle)}",
-                    ], place / f"{how}{budget}")  # fmt: skip
-                rest, total, asked = accuracies(last, x, y)
+                    model = adapted(start, target, seed, budget, how, place / "labels.csv")
+                else:
+                    model = uda.UDA.load_from_checkpoint(start, map_location="cpu")
+                rest, total, asked = accuracies(model, x, y)
                 line = {"key": key, "task": f"{source}->{target}", "budget": budget, "sampling": how, "seed": seed}
                 with args.ledger.open("a") as out:
                     out.write(json.dumps({**line, "rest": rest, "all": total, "queried": asked}) + "\n")
