@@ -24,6 +24,7 @@ TASKS = {
     "partial": 6, "open": 6, "universal": 6, "multisource": 9, "multisource_digits": 5, "sourcefree": 6,
     "digits_partial": 3, "digits_open": 3, "digits_universal": 3,
     "office_caltech_partial": 6, "office_caltech_open": 6, "office_caltech_universal": 6, "text_universal": 2,
+    "sourcefree_digits": 2,
 }  # fmt: skip
 IMAGES = {
     "office31": ["amazon", "dslr", "webcam"],
@@ -48,7 +49,7 @@ def test_suite_lists_its_runs(name, capsys, monkeypatch, tmp_path):
     elif (setting := name.rpartition("_")[2]) in SETTINGS:  # methods that cope, and two that do not as a warning
         assert set(suite.methods) >= {"source_only", "dann", "mcc"}
         assert {r.config["data"]["setting"] for r in suite.runs()} == {setting}
-    elif name not in ("imbalanced", "multisource", "multisource_digits", "sourcefree"):  # studies of few methods
+    elif name not in ("imbalanced", "multisource", "multisource_digits", "sourcefree", "sourcefree_digits"):  # studies of few methods
         assert set(suite.methods) >= set(BASIC)
         assert len(suite.methods) >= 40
     assert len(suite.tasks) == TASKS[name]
