@@ -93,9 +93,9 @@ def test_herding_follows_the_mean():
 def test_a_memory_keeps_the_first_of_each_class_and_domain():
     x, y = torch.arange(40.0)[:, None], torch.arange(40) % 2
     f = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
-    one = with_domain(None, x, y, f, 16, 2)
+    one = with_domain(None, f, y, lambda rows: x[rows], 16, 2)
     assert torch.bincount(one["y"]).tolist() == [8, 8]
-    two = with_domain(one, x + 100, y, f, 16, 2)
+    two = with_domain(one, f, y, lambda rows: 100 + x[rows], 16, 2)
     assert [(two["y"][two["domain"] == d]).bincount().tolist() for d in (0, 1)] == [[4, 4], [4, 4]]
     kept = one["x"][one["rank"] < 4].flatten().tolist()
     assert two["x"][two["domain"] == 0].flatten().tolist() == kept

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from uda_testtime.continual import command as continual
 from uda_testtime.continual.plan import Plan, composed
+from uda_testtime.continual.stages import Sequence
 
 from uda.cli import main
 from uda.errors import UDAError
@@ -45,31 +47,48 @@ def weights(path):
     return {k: v for k, v in state.items() if not k.startswith("plugins.")}
 
 
+def pretended(fits, checkpoint):
+    """Fits that train nothing: they take note of their config, and leave a given checkpoint."""
+
+    def fit(argv):
+        folder = Path(argv[argv.index("--run_dir") + 1])
+        fits[f"{folder.parent.name}/{folder.name}"] = yaml.safe_load(Path(argv[argv.index("--config") + 1]).read_text())
+        (folder / "checkpoints").mkdir(parents=True)
+        shutil.copy(checkpoint, folder / "checkpoints" / "last.ckpt")
+        (folder / "summary.json").write_text("{}")
+        return 0
+
+    return fit
+
+
+def measured(sequence, checkpoint, stage, adapted=None):
+    """In the place of a pass over all domains."""
+    figures = dict.fromkeys(sequence.plan.shifts, 0.5)
+    return {"checkpoint": checkpoint, "source_accuracy": 0.5, "oracle_accuracy": figures}
+
+
 @pytest.mark.slow
 def test_a_sequence_stops_and_goes_on(words, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    general = ("-o", str(out), "--generalise", str(tmp_path / "general.yaml"), "--memory", "12")
+    general = ("-o", str(out), "--shifts", "target", "--generalise", str(tmp_path / "general.yaml"), "--memory", "12")
     assert main(words(*general)) == 0
     assert "TDA" in capsys.readouterr().out
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["stages"] == ["source", "source2", "target"]
-    assert set(summary["oracle_adapted"]) == {"source2", "target"}
+    assert summary["stages"] == ["source", "target"]
+    assert set(summary["oracle_adapted"]) == {"target"}
     with (out / "accuracies.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(r["target"]) for r in rows] == [r["target"] for r in summary["oracle_accuracies"]]
-    stage = out / "1-source2"
+    stage = out / "1-target"
     memory = torch.load(stage / "memory.pt", weights_only=True)
     assert memory["domain"].unique().tolist() == [0, 1]
     assert len(memory["y"]) <= 12
     assert len(torch.load(stage / "labels.pt", weights_only=True)["y"]) == 48
-    starts = [yaml.safe_load((stage / f"{n}.yaml").read_text())["model"]["init_from"] for n in ("adapt", "generalise")]
-    assert starts == [summary["checkpoints"][0]] * 2  # both start from the model that generalised before
-
-    first, last = summary["checkpoints"][1:]
-    kept, name, before = weights(last), "bottleneck.net.0.weight", (stage / "measured.json").stat().st_mtime_ns
-    assert not torch.equal(weights(first)[name], kept[name])
+    first, last = summary["checkpoints"]
+    kept, before = weights(last), (stage / "adapt" / "summary.json").stat().st_mtime_ns
+    assert not torch.equal(weights(first)["bottleneck.net.0.weight"], kept["bottleneck.net.0.weight"])
     for name in ("generalise", "measured.json", "memory.pt"):  # as if it had been stopped in the last fit
-        path = out / "2-target" / name
+        path = stage / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (out / "summary.json").unlink()
     (out / "accuracies.csv").unlink()
@@ -80,20 +99,31 @@ def test_a_sequence_stops_and_goes_on(words, tmp_path, monkeypatch, capsys):
     assert main(words(*general, "--resume")) == 0
     assert json.loads((out / "summary.json").read_text()) == summary
     assert all(torch.equal(v, kept[k]) for k, v in weights(last).items())
-    assert (stage / "measured.json").stat().st_mtime_ns == before
+    assert (stage / "adapt" / "summary.json").stat().st_mtime_ns == before
     assert main(words(*general)) == 2
     assert main(words(*general[:-1], "24", "--resume")) == 2
     assert "another memory" in capsys.readouterr().err
 
-    source = summary["checkpoints"][0]  # a method alone, from a given model
-    one = tmp_path / "one"
-    assert main(words("-o", str(one), f"--model.init_from={source}", "--shifts", "target")) == 0
-    plain = json.loads((one / "summary.json").read_text())
-    assert plain["oracle_adapted"] is None
-    assert plain["oracle_accuracies"][0]["target"] == summary["oracle_accuracies"][0]["target"]
-    assert plain["checkpoints"][0] == source
-    assert not (one / "0-source" / "fit").exists()
-    assert yaml.safe_load((one / "1-target" / "fit.yaml").read_text())["model"]["plugins"].keys() == {"refine"}
+    for more, names in ((general[4:], ("adapt", "generalise")), ((), ("fit",))):  # who starts from whom, two domains
+        fits: dict[str, dict] = {}
+        with monkeypatch.context() as patch:
+            patch.setattr(continual, "here", pretended(fits, last))
+            patch.setattr(Sequence, "measure", measured)
+            chain = tmp_path / names[0]
+            assert main(words("-o", str(chain), f"--model.init_from={first}", *more)) == 0
+        assert list(fits) == [f"{stage}/{n}" for stage in ("1-source2", "2-target") for n in names]
+        starts = [fits[f"1-source2/{n}"]["model"]["init_from"] for n in names]
+        assert starts == [first] * len(names)  # both from the model that generalised before
+        handed = str(chain / "1-source2" / names[-1] / "checkpoints" / "last.ckpt")
+        assert [fits[f"2-target/{n}"]["model"]["init_from"] for n in names] == [handed] * len(names)
+        assert [c["data"]["target"] for c in fits.values()] == ["source2"] * len(names) + ["target"] * len(names)
+        assert list(fits["1-source2/" + names[0]]["model"]["plugins"]) == ["refine"]
+        found = json.loads((chain / "summary.json").read_text())
+        assert found["checkpoints"][:2] == [first, handed]
+        given = list(fits.values())[-1]["model"]["plugins"].get("generalise")
+        assert not more or given["init_args"] == {
+            "labels": str(chain / "2-target" / "labels.pt"), "memory": str(chain / "1-source2" / "memory.pt")
+        }  # fmt: skip
 
 
 def test_a_first_fit_that_is_refused_leaves_nothing(words, tmp_path, monkeypatch):

@@ -51,11 +51,13 @@ def main(argv: list[str]) -> int:
     from uda_testtime.continual.plan import Plan
 
     plan = Plan.make(rest, args.shifts, args.generalise, args.memory, args.output)
+    check_folder(plan, args.resume)
     from uda_testtime.continual.stages import Sequence, Stopped
 
     sequence = Sequence(plan, here if args.in_process else apart)
     sequence.check()
-    claim(plan, args.resume)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    (plan.out / RECORD).write_text(json.dumps(plan.told(), indent=2) + "\n")
     try:
         summary = sequence.run()
     except Stopped as stop:
@@ -70,8 +72,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def claim(plan: Plan, resume: bool) -> None:
-    """Write what the folder is for, or check that it is the same.
+def check_folder(plan: Plan, resume: bool) -> None:
+    """Refuse a folder that is used, or that was begun with other settings.
 
     Raises:
         UDAError: it is used and not to be resumed, or was made with other settings.
@@ -80,8 +82,6 @@ def claim(plan: Plan, resume: bool) -> None:
     if not resume:
         if plan.out.exists() and any(plan.out.iterdir()):
             raise UDAError(f"--output {plan.out}: it is used. Name another folder, or go on with --resume.")
-        plan.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(plan.told(), indent=2) + "\n")
         return
     if not file.is_file():
         raise UDAError(f"--resume: there is no {file}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,12 +33,15 @@ def herding(features: Tensor, count: int) -> Tensor:
     return torch.tensor(chosen, dtype=torch.long)
 
 
-def with_domain(memory: Memory | None, x: Tensor, y: Tensor, features: Tensor, size: int, classes: int) -> Memory:
+def with_domain(
+    memory: Memory | None, features: Tensor, y: Tensor, take: Callable[[Tensor], Tensor], size: int, classes: int
+) -> Memory:
     """The memory with a further domain, in the same room: older domains keep the first of each class.
 
     Args:
         memory: ``x``, ``y``, ``domain`` and ``rank`` (place in its class and domain, 0 the most telling); None: empty.
-        x, y, features: of the new domain ``[N, ...]``; size: exemplars of all domains together.
+        features, y: of the new domain, ``[N, D]`` and ``[N]``; take: gives the inputs of rows ``[R]``.
+        size: exemplars of all domains together.
 
     Returns:
         With ``size // (classes * domains)`` exemplars of each class and domain, one at least.
@@ -52,20 +56,18 @@ def with_domain(memory: Memory | None, x: Tensor, y: Tensor, features: Tensor, s
         own = (y == c).nonzero().flatten()
         rows = own[herding(features[own], each)]
         rank = torch.arange(len(rows))
-        for k, v in {"x": x[rows], "y": y[rows], "domain": torch.full_like(rank, number), "rank": rank}.items():
+        for k, v in {"x": take(rows), "y": y[rows], "domain": torch.full_like(rank, number), "rank": rank}.items():
             parts[k].append(v)
     return {k: torch.cat(v) for k, v in parts.items()}
 
 
 @torch.no_grad()
-def domain_features(model: Any, loader: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Inputs, features and (of a source) labels of a domain in index order, on the CPU."""
-    parts: dict[str, list[Tensor]] = {"index": [], "x": [], "f": [], "y": []}
+def domain_features(model: Any, loader: Any) -> tuple[Tensor, Tensor | None]:
+    """Features and (of a source) labels of a domain in index order, on the CPU."""
+    parts: dict[str, list[Tensor]] = {"index": [], "f": [], "y": []}
     for batch in loader:
         parts["index"].append(batch["index"])
-        parts["x"].append(batch["x"])
         parts["f"].append(model.batch(batch["x"].to(model.device)).features.float().cpu())
         parts["y"] += [batch["y"]] if "y" in batch else []
     order = torch.cat(parts["index"]).argsort()
-    x, f = torch.cat(parts["x"])[order], torch.cat(parts["f"])[order]
-    return x, f, torch.cat(parts["y"])[order] if parts["y"] else None
+    return torch.cat(parts["f"])[order], torch.cat(parts["y"])[order] if parts["y"] else None

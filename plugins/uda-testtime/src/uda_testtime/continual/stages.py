@@ -6,7 +6,8 @@ import csv
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import lightning as L
 import torch
 import yaml
 
+from uda.arguments import Arguments
 from uda.commands.inspect import built, loaded
+from uda.data import DataModule
 from uda.errors import UDAError, nearest
 from uda.metrics.names import oracle
+from uda.module import UDA
 from uda_testtime.continual.exemplars import domain_features, with_domain
 from uda_testtime.continual.measures import sequence_measures
 from uda_testtime.continual.plan import Plan, with_files
@@ -40,12 +44,26 @@ def write_json(path: Path, content: Any) -> Path:
     return write_once(path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def built_data(config: dict[str, Any]) -> Any:
-    """The data module of a config all of which is checked; its model is made without the backbone."""
+@contextmanager
+def written(config: dict[str, Any]) -> Iterator[Path]:
+    """A config as a file, for a while."""
     with tempfile.TemporaryDirectory(prefix="uda-") as folder:
         file = Path(folder, "config.yaml")
         file.write_text(yaml.safe_dump(config, sort_keys=False))
+        yield file
+
+
+def built_data(config: dict[str, Any]) -> Any:
+    """The data module of a config all of which is checked; its model is made without the backbone."""
+    with written(config) as file:
         return built(["--config", str(file)], "identity", "continual")[1]
+
+
+def check_names(config: dict[str, Any]) -> None:
+    """Refuse settings that do not exist, without making anything."""
+    with written(config) as file:
+        sections = {"model": UDA, "data": DataModule, "trainer": L.Trainer}
+        Arguments("fit", sections, file.parent).prepare(["--config", str(file)])
 
 
 class Stopped(Exception):
@@ -85,11 +103,11 @@ class Sequence:
             UDAError: unknown settings or domains, other classes or shapes, a method that is not there.
         """
         known = self.data.reader.domains()
+        if strange := [n for n in self.plan.shifts if n not in known]:
+            raise UDAError(f"--shifts: unknown domain {strange[0]!r}. {nearest(strange[0], known)}")
         for name in self.plan.shifts:
-            if name not in known:
-                raise UDAError(f"--shifts: unknown domain {name!r}. {nearest(name, known)}")
             with_target(self.data, name).setup("test")
-        built_data(self.plan.fit(self.plan.config, self.plan.shifts[0], None))
+        check_names(self.plan.fit(self.plan.config, self.plan.shifts[0], None))
 
     def _trainer(self) -> L.Trainer:
         given = self.plan.config.get("trainer") or {}
@@ -142,16 +160,17 @@ class Sequence:
 
         def write(path: Path) -> None:
             model, plan = loaded(checkpoint), self.plan
-            before = None if stage == 0 else torch.load(plan.folder(stage - 1) / "memory.pt", weights_only=True)
-            names = list(self.data.source_names) if stage == 0 else [plan.shifts[stage - 1]]
-            parts = []
-            for name in names:
+            memory = None if stage == 0 else torch.load(plan.folder(stage - 1) / "memory.pt", weights_only=True)
+            for name in self.data.source_names if stage == 0 else [plan.shifts[stage - 1]]:
                 part = self.data if stage == 0 else with_target(self.data, name)
-                x, f, y = domain_features(model, part.pool_dataloader(name))
+                f, y = domain_features(model, part.pool_dataloader(name))
                 y = torch.load(plan.folder(stage) / "labels.pt", weights_only=True)["y"] if y is None else y
-                parts.append((x, y, f))
-            x, y, f = (torch.cat(v) for v in zip(*parts, strict=True))
-            torch.save(with_domain(before, x, y, f, plan.memory, model.num_classes), path)
+
+                def take(rows: torch.Tensor, part: Any = part, name: str = name) -> torch.Tensor:
+                    return part.samples(name, rows.numpy(), 0, "test")["x"]
+
+                memory = with_domain(memory, f, y, take, plan.memory, model.num_classes)
+            torch.save(memory, path)
 
         return write_once(self.plan.folder(stage) / "memory.pt", write)
 
