@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
 from typing import ClassVar
 
 import lightning as L
@@ -226,6 +227,22 @@ def test_bad_input(labels, tmp_path):
         SimulatedOracle(str(tmp_path / "x.csv")).answer(["1"], 0, ["a"])
     with pytest.raises(uda.UDAError, match="lacks labels: 1"):
         SimulatedOracle(labels).answer(["target/0", "target/99"], 0, ["a"])
+
+
+@pytest.mark.slow
+def test_the_overlay_asks_a_person(tmp_path, monkeypatch, capsys):
+    from uda.cli import main
+
+    configs = Path(__file__).resolve().parents[3] / "configs"
+    monkeypatch.chdir(tmp_path)
+    code = main([
+        "fit", "--config", str(configs / "digits_source_only.yaml"), "--data.source=null", "--config",
+        str(configs / "methods" / "active" / "lftl.yaml"), "--model.plugins.refine.init_args.budget=6",
+        "--trainer.max_epochs=2", "--data.epoch_steps=2", "--trainer.logger=false",
+    ])  # fmt: skip
+    assert code == 2
+    assert "3 samples wait for labels in queries.csv (round 0)" in capsys.readouterr().err
+    assert [row["label"] for row in csv.DictReader(Path("queries.csv").read_text().splitlines())] == [""] * 3
 
 
 @pytest.mark.slow
