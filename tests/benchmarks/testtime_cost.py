@@ -1,11 +1,12 @@
 """What a test-time method costs a batch, beside plain inference: the table of docs/benchmarks/testtime_cost.md.
 
-    python tests/benchmarks/testtime_cost.py [--page docs/benchmarks/testtime_cost.md] [--rounds 3] [--methods ...]
+    python tests/benchmarks/testtime_cost.py [--page docs/benchmarks/testtime_cost.md] [--rounds 4] [--methods ...]
 
-All methods run in turn, a batch each, for some rounds, so that a drift of the machine's speed touches all of them; time
-is a median of ratios to plain inference in the same round. Forwards and backwards are those of the whole network, of
-its copies too, in batches' worth of samples: 32 views of a batch are 32. Memory is what a method keeps between two
-batches and what it takes at most within one, in sizes of the model and of plain inference's need.
+All methods run in turn, a batch of 16 each, for some rounds, so that a drift of the machine's speed touches all of
+them; four rounds are the 64 samples after which the methods with a memory update once. Forwards and backwards are those
+of the whole network, of its copies too, in batches' worth of samples: 32 views of a batch are 32. Memory is what a
+method keeps between two batches and what it takes at most within one, in sizes of the model and of plain inference's
+need.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from uda_testtime.streams import Stream
 
 from uda.errors import UDAError
 
-BATCH, WARM_UP = 64, 2
+BATCH, WARM_UP = 16, 1
 #: A short phase before the stream: what a batch costs does not depend on its length.
 SHORT = {"warmup": 256, "epochs": 1, "steps": 1}
 BEGIN, END = "<!-- testtime_cost -->", "<!-- /testtime_cost -->"
@@ -132,7 +133,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     base = found["source"]
     rows = []
     for name, row in found.items():
-        ratio = statistics.median(t / s for t, s in zip(row["seconds"], base["seconds"], strict=True))
+        ratio = sum(row["seconds"]) / sum(base["seconds"])
         forwards, backwards = (statistics.mean(c[i] for c in row["counts"]) for i in (0, 1))
         rows.append((ratio, f"| {name} | {forwards:.3g} | {backwards:.3g} | {ratio:.1f} | {row['kept']:.2f} | "
                             f"{row['peak'] / base['peak']:.1f} | {row['needs']} |"))  # fmt: skip
@@ -145,7 +146,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--page", type=Path, help="put the table between its marks there")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "uda_testtime_benchmark")
     named = {kind for kind, _ in METHODS.values()}
     every = [*METHODS, *(n for n in methods() if n not in named)]
