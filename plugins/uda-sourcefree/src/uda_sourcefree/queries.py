@@ -46,7 +46,7 @@ def badge(probs: Tensor, features: Tensor, number: int, generator: torch.Generat
     Products of such gradients are products of the two factors', so that no ``[N, C F]`` is made.
     """
     with no_autocast(features):
-        f, error = full(features).double(), full(probs).double()
+        f, error = full(features).cpu().double(), full(probs).cpu().double()  # the same draws on any hardware
         error = error - torch.nn.functional.one_hot(error.argmax(1), error.shape[1])
         square = error.square().sum(1) * f.square().sum(1)
         taken = [int(square.argmax())]
