@@ -89,7 +89,7 @@ def test_training_is_its_formula(net):
     for _ in range(3):
         rows = torch.randint(48, (48,), generator=g)
         prior = label_distribution(known, g)
-        flat = start(degree(prior, known))
+        flat = start(degree(prior, known)) - start(degree(known, known))
         hidden = (1 + flat[:6]) * h[rows] + flat[6:12]
         z = hidden @ (model[3].weight + flat[12:30].view(3, 6)).T + model[3].bias + flat[30:]
         loss = -(z + known.log() - prior.log()).log_softmax(1)[torch.arange(48), y[rows]].mean()
@@ -110,8 +110,8 @@ def test_step_is_its_formula(condition, net, batches):
     prior = prior.double() / 3
 
     def forward(x):
-        told = degree(prior, known) if condition == "degree" else (3 * prior + 0.1).log()
-        flat = g(told)
+        told = (lambda p: degree(p, known)) if condition == "degree" else (lambda p: (3 * p + 0.1).log())
+        flat = g(told(prior)) - g(told(known))
         h = model[0](x)
         h = ((h - h.mean(0)) / (h.var(0, correction=0) + 1e-5).sqrt() * theta[0] + theta[1]).relu()
         h = (1 + flat[:6]) * h + flat[6:12]
@@ -130,12 +130,15 @@ def test_step_is_its_formula(condition, net, batches):
     assert not torch.allclose(a.net[3].db, torch.zeros(3).double())
 
 
-def test_without_a_shift_it_is_the_inner_method(net, batches):
+def test_without_a_shift_it_is_the_inner_method(net, batches, source):
     for method, base in ((LSA("TENT", {"lr": 0}, steps=0), BNStatistics()), (LSA("Source", steps=0), Source()),
                          (LSA("TENT", {"lr": 0}, steps=5, adapter_lr=0), BNStatistics())):  # fmt: skip
         a, b = ready(net, method), Adapter(net(), base)
         assert all(torch.equal(a(x), b(x)) for x in batches())
     a, b = ready(net, LSA("TENT", steps=0)), Adapter(net(), LSA("TENT").inner)
+    assert all(torch.equal(a(x), b(x)) for x in batches())
+    a, b = Adapter(net(), LSA("TENT", steps=20, adapter_lr=0.1)), Adapter(net(), LSA("TENT").inner)
+    a.prepare(source())  # balanced: the degree says nothing
     assert all(torch.equal(a(x), b(x)) for x in batches())
 
 

@@ -62,14 +62,14 @@ def split(flat: Tensor, features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def degree(prior: Tensor, source: Tensor) -> Tensor:
-    """How much a label distribution ``[C]`` leans as the source's does: a number in [-1, 1], ``[1]``.
+    """How much label distributions ``[..., C]`` lean as the source's ``[C]`` does: numbers in [-1, 1], ``[..., 1]``.
 
     ``sum_c prior_c s_c`` with ``s = log source`` centred and scaled to a largest size of 1: positive where the classes
     that the source has most of are frequent. A balanced source has no direction: 0.
     """
     s = source.log() - source.log().mean()
     largest = s.abs().max()
-    return (prior * s / largest).sum(-1, keepdim=True) if largest > 1e-6 else torch.zeros_like(prior[:1])
+    return (prior * s / largest).sum(-1, keepdim=True) if largest > 1e-6 else torch.zeros_like(prior[..., :1])
 
 
 def label_distribution(source: Tensor, generator: Generator, spread: float = 0.0) -> Tensor:
@@ -97,9 +97,9 @@ class LSA(Method):
 
     A small network maps the label distribution of the stream, a moving average of predictions, to a scale and shift of
     the features and a change of the classifier. It is trained before the stream on features of source samples, as if
-    their classes were more or less frequent, and fixed afterwards. The method inside then works on the shifted
-    logits. Each batch is predicted once without gradients to move the average, then the inner step follows: scored is
-    its forward. With ``steps=0`` it is the inner method.
+    their classes were more or less frequent, and fixed afterwards; at the source's own label distribution nothing is
+    shifted. The method inside works on the shifted logits. Each batch is predicted once without gradients to move the
+    average, then the inner step follows: scored is its forward. With ``steps=0`` it is the inner method.
 
     Args:
         method, arguments: the inner method, by name or class path, and its arguments.
@@ -171,10 +171,12 @@ class LSA(Method):
         self._apply(a, torch.full_like(known, 1 / len(known)))
 
     def shift(self, a: Adapter, prior: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the network says to a label distribution ``[C]``: gamma, beta, dW and db."""
+        """gamma, beta, dW and db for a label distribution ``[C]``: the identity at the source's own."""
         net, known = a.extra["label_shift"], a.prepared["lsa_source"]
-        told = degree(prior, known) if self.condition == "degree" else (len(prior) * prior + 0.1).log()
-        return split(net(told), len(a.net.get_submodule(a.head).gamma))
+        both = torch.stack([prior, known])
+        told = degree(both, known) if self.condition == "degree" else (len(known) * both + 0.1).log()
+        here, there = net(told)
+        return split(here - there, len(a.net.get_submodule(a.head).gamma))
 
     @torch.no_grad()
     def _apply(self, a: Adapter, prior: Tensor) -> None:
