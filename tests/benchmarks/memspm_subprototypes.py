@@ -4,7 +4,7 @@
 
 ``digits``: figures in pairs (0+1, 2+3, ...), rendered to handwritten, a CNN that learns. ``features``: dog+elephant,
 giraffe+guitar, horse+house and person on PACS features, cartoon to photo, with no trained layer before the memory (the
-published encoder is fixed too), which starts from the source; reads pacs_efficientnet_lite0.npz in UDA_SHARED_DATA.
+published encoder is fixed too); reads pacs_efficientnet_lite0.npz in UDA_SHARED_DATA.
 
 MemSPM with memories of N items of S sub-prototypes: one sub-prototype an item against several at the same N, and
 against as many vectors in all; 0x0 is source-only. Figures of the last epoch, nothing is chosen by them: accuracy on
@@ -19,6 +19,7 @@ import os
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -27,7 +28,7 @@ from uda_universal import MemSPM
 import uda
 from uda.data import DomainData, Reader
 
-MEMORIES = {"digits": ("0x0", "5x1", "5x2", "10x1"), "features": ("0x0", "20x1", "20x4", "80x1")}
+MEMORIES = {"digits": ("0x0", "5x1", "5x2", "10x1"), "features": ("0x0", "4x1", "4x2", "8x1")}
 PAIRS = {"digits": ("rendered", "handwritten"), "features": ("cartoon", "photo")}
 
 
@@ -50,13 +51,11 @@ class Merged(Reader):
         )
 
 
-def run(items: int, subs: int, seed: int, epochs: int, task: str = "digits") -> list[float]:
+def run(items: int, subs: int, seed: int, epochs: int, task: str = "digits", **options: Any) -> list[float]:
     """Source accuracy, target accuracy by the labels, and the rejected share, of the last epoch."""
     L.seed_everything(seed, verbose=False)
     digits = task == "digits"
-    given = (
-        {"refresh_every": 100, "warmup": 0.13} if digits else {"freeze": True, "memory_start": "source", "starts": 1}
-    )
+    given = ({"refresh_every": 100, "warmup": 0.13} if digits else {"freeze": True}) | options
     plugin = MemSPM(items=items, subs=subs, top=min(3, items), picture=False, **given) if items else None
     model = uda.UDA(
         "small_cnn" if digits else "identity", {"align": plugin} if plugin else {}, bottleneck=128 if digits else 0,
@@ -95,12 +94,13 @@ def main() -> None:
     parser.add_argument("--task", choices=list(PAIRS), default="digits")
     parser.add_argument("--memories", nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--memory_start", default="both", help="both, source or random")
     parser.add_argument("--epochs", type=int, default=10)
     args = parser.parse_args()
     print("| items x sub-prototypes | source | target | rejected | seconds |\n|---|---|---|---|---|")
     for memory in args.memories or MEMORIES[args.task]:
         start, (items, subs) = time.perf_counter(), map(int, memory.split("x"))
-        got = [run(items, subs, seed, args.epochs, args.task) for seed in args.seeds]
+        got = [run(items, subs, seed, args.epochs, args.task, memory_start=args.memory_start) for seed in args.seeds]
         cells = [
             f"{100 * statistics.mean(v):.1f} ± {100 * (statistics.stdev(v) if len(v) > 1 else 0):.1f}"
             for v in zip(*got, strict=True)
