@@ -17,6 +17,7 @@ from uda.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = {p.stem: p for p in sorted((ROOT / "configs" / "bench").glob("*.yaml"))}
 BASIC = ["source_only", "dann", "cdan", "cdan_e", "mcc", "entropy", "information", "dann_mcc", "cdan_e_mcc"]
+FEW_METHODS = ("digits_vit", "imbalanced", "multisource", "multisource_digits", "sourcefree", "sourcefree_digits")
 SETTINGS = ("partial", "open", "universal")
 TASKS = {
     "amazon": 6, "digits": 4, "domainnet": 30, "imbalanced": 6, "office31": 6, "office_caltech": 6, "office_home": 12,
@@ -24,7 +25,7 @@ TASKS = {
     "partial": 6, "open": 6, "universal": 6, "multisource": 9, "multisource_digits": 5, "sourcefree": 6,
     "digits_partial": 3, "digits_open": 3, "digits_universal": 3,
     "office_caltech_partial": 6, "office_caltech_open": 6, "office_caltech_universal": 6, "text_universal": 2,
-    "sourcefree_digits": 2,
+    "digits_vit": 2, "sourcefree_digits": 2,
 }  # fmt: skip
 IMAGES = {
     "office31": ["amazon", "dslr", "webcam"],
@@ -49,7 +50,7 @@ def test_suite_lists_its_runs(name, capsys, monkeypatch, tmp_path):
     elif (setting := name.rpartition("_")[2]) in SETTINGS:  # methods that cope, and two that do not as a warning
         assert set(suite.methods) >= {"source_only", "dann", "mcc"}
         assert {r.config["data"]["setting"] for r in suite.runs()} == {setting}
-    elif name not in ("imbalanced", "multisource", "multisource_digits", "sourcefree", "sourcefree_digits"):  # studies of few methods
+    elif name not in FEW_METHODS:
         assert set(suite.methods) >= set(BASIC)
         assert len(suite.methods) >= 40
     assert len(suite.tasks) == TASKS[name]
