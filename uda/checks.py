@@ -73,6 +73,7 @@ def take_spec(model: UDA, datamodule: Any) -> None:
         )
     for name in SPEC:
         setattr(model, name, spec.get(name))
+    model.missing_classes = model.missing_classes or {}
     model.hparams.update({name: spec.get(name) for name in SPEC})
 
 
