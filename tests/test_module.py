@@ -93,6 +93,18 @@ def test_init_from_takes_weights_only(small_data, quiet_trainer, tmp_path):
         quiet_trainer(max_epochs=1).fit(model, small_data())
 
 
+def test_a_loaded_checkpoint_does_not_go_back_to_the_weights_it_began_with(small_data, quiet_trainer, tmp_path):
+    _, trainer = fit(small_data, quiet_trainer, {})
+    trainer.save_checkpoint(tmp_path / "source.ckpt")
+    model, trainer = fit(small_data, quiet_trainer, {}, init_from=str(tmp_path / "source.ckpt"))
+    trainer.save_checkpoint(tmp_path / "adapted.ckpt")
+    again = uda.UDA.load_from_checkpoint(tmp_path / "adapted.ckpt", weights_only=True)
+    quiet_trainer().test(again, small_data(), verbose=False)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    (tmp_path / "source.ckpt").unlink()  # nor are they needed
+    quiet_trainer().test(uda.UDA.load_from_checkpoint(tmp_path / "adapted.ckpt", weights_only=True), small_data())
+
+
 def test_checkpoint_that_lacks_a_plugin_is_named(small_data, quiet_trainer, tmp_path):
     _, trainer = fit(small_data, quiet_trainer, {})
     trainer.save_checkpoint(tmp_path / "source.ckpt")

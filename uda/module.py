@@ -281,7 +281,8 @@ class UDA(EvaluationLoop):
         checkpoint["hyper_parameters"] = checkpointing.without_downloads(dict(checkpoint.get("hyper_parameters", {})))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what does not fit, by name."""
+        """Refuse what does not fit, by name; the weights that training began with are not asked for again."""
+        self._init_from = None
         self.base_seed = checkpoint.get("uda", {}).get("base_seed", self.base_seed)
         if self.feature_dim is not None:
             checkpointing.check_resume(self, checkpoint["state_dict"])

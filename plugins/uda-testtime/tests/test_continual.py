@@ -71,11 +71,25 @@ def measured(sequence, checkpoint, stage, adapted=None):
 def test_a_sequence_stops_and_goes_on(words, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     general = ("-o", str(out), "--shifts", "target", "--generalise", str(tmp_path / "general.yaml"), "--memory", "12")
-    assert main(words(*general)) == 0
+    real, seen = Sequence.accuracy, []
+
+    def accuracy(sequence, model, name):
+        found = real(sequence, model, name)
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sequence, "accuracy", accuracy)
+        assert main(words(*general)) == 0
     assert "TDA" in capsys.readouterr().out
     summary = json.loads((out / "summary.json").read_text())
     assert summary["stages"] == ["source", "target"]
     assert set(summary["oracle_adapted"]) == {"target"}
+    fits = [out / n for n in ("0-source/fit", "1-target/generalise", "1-target/adapt")]
+    for state, fit in zip(seen, fits, strict=True):  # what was measured is what the fit came to
+        assert all(torch.equal(v, state[k]) for k, v in weights(fit / "checkpoints" / "last.ckpt").items())
+    reached = [json.loads((fit / "summary.json").read_text())["target_accuracy"]["last"] for fit in fits]
+    assert [r["target"] for r in summary["oracle_accuracies"]] == pytest.approx(reached[:2], abs=1e-5)
     with (out / "accuracies.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(r["target"]) for r in rows] == [r["target"] for r in summary["oracle_accuracies"]]
