@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -282,6 +283,27 @@ def test_mdan_under_a_trainer():
     cls, given = CASES[0]
     report = check_plugin(cls, **given, ddp=False, only=["construction", "lifecycle", "checkpoint"])
     assert not report.warnings
+
+
+def test_sources_of_different_classes_under_a_trainer(tmp_path):
+    """What a source lacks reaches the classifiers, and a checkpoint keeps it."""
+    x = np.random.default_rng(0).normal(size=(12, 4)).astype("float32")
+    labels = {"a": np.arange(12) % 3, "b": np.arange(12) % 2, "t": np.arange(12) % 3}
+    np.savez(tmp_path / "d.npz", **{f"{n}_x": x for n in labels}, **{f"{n}_y": y for n, y in labels.items()})
+    reader = uda.data.Arrays(str(tmp_path / "d.npz"), kind="features")
+    for lacking in (True, False):
+        sources = ["a", "b"] if lacking else ["a", "t"]
+        data = uda.DataModule(
+            reader, sources, "t" if lacking else "b", batch_size=4, epoch_steps=1, allow_missing_classes=True
+        )
+        model = uda.UDA("identity", {"align": M3SDA()}, bottleneck=4)
+        trainer = L.Trainer(max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+                            enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+        trainer.fit(model, data)
+        assert model.missing_classes == ({"b": [2]} if lacking else {})
+        trainer.save_checkpoint(tmp_path / "m.ckpt")
+        again = uda.UDA.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+        assert again.head.known.tolist() == [[True] * 3, [True, True, not lacking]]
 
 
 @pytest.mark.slow
