@@ -85,7 +85,7 @@ def accuracies(model: uda.UDA, x: np.ndarray, y: np.ndarray) -> tuple[float, flo
 
 def table(lines: list[dict]) -> str:
     """Mean over tasks and seeds by budget and sampling."""
-    frame = pd.DataFrame(lines)
+    frame = pd.DataFrame(sorted(lines, key=lambda line: (line["budget"], ("none", *SAMPLING).index(line["sampling"]))))
     frame["n"] = frame["budget"].map(lambda b: f"{100 * b:g} %")
     rows = ["| labels | sampling | accuracy (rest) | by seed | accuracy (all) |", "|---|---|---|---|---|"]
     for (_, n, how), part in frame.groupby(["budget", "n", "sampling"], sort=False):
