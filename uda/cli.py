@@ -23,17 +23,11 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "fit": Command("uda.lightning_cli", "train from a config, in a run directory of its own"),
     "validate": Command("uda.lightning_cli", "accuracy and label-free scores of a checkpoint"),
-    "test": Command(
-        "uda.lightning_cli", "the same on the test split; test-time adaptation where a plugin adapts"
-    ),
+    "test": Command("uda.lightning_cli", "the same on the test split; test-time adaptation where a plugin adapts"),
     "predict": Command("uda.lightning_cli", "labels for the target images, as predictions.csv"),
     "plugins": Command("uda.commands.plugins", "list methods; `show NAME`, `new NAME`"),
-    "data": Command(
-        "uda.commands.data", "list benchmarks; `show NAME`, `check NAME ROOT`, `download NAME ROOT`"
-    ),
-    "bench": Command(
-        "uda.commands.bench", "suites of methods x tasks x seeds; tables; tuning without labels"
-    ),
+    "data": Command("uda.commands.data", "list benchmarks; `show NAME`, `check NAME ROOT`, `download NAME ROOT`"),
+    "bench": Command("uda.commands.bench", "suites of methods x tasks x seeds; tables; tuning without labels"),
     "inspect": Command("uda.commands.inspect", "the shift before training: what kind, how large, whether to adapt"),
     "report": Command("uda.commands.report", "one HTML page on one or several finished runs"),
 }
