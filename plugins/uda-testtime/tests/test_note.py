@@ -173,7 +173,9 @@ def test_the_source_model_learns_on_with_the_new_layers(tmp_path):
     assert a.updates == 0
     assert a.net[1].rate == 0.01
     a.save_prepared(tmp_path / "ready.pt")
-    b = Adapter(images(), NOTE(epochs=2))
+    with pytest.raises(UDAError, match=r"source_lr: 0\.05, now 0\.001"):
+        Adapter(images(), NOTE(epochs=2, batch_size=20)).load_prepared(tmp_path / "ready.pt")
+    b = Adapter(images(), NOTE(epochs=2, batch_size=20, source_lr=0.05))
     b.load_prepared(tmp_path / "ready.pt")
     assert torch.equal(a(pictures(9)), b(pictures(9)))
     assert repr(a.export()) == repr(images())

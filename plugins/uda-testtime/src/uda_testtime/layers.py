@@ -18,18 +18,23 @@ if TYPE_CHECKING:
 RESIDUAL = re.compile("Block|Bottleneck|Residual|MBConv")  # how libraries call the classes of residual blocks
 
 
+def called(net: nn.Module, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of some layers that are called: without the layers of torch's own transformer, which it reads."""
+    read = {id(child) for m in net.modules() if isinstance(m, nn.TransformerEncoderLayer) for child in m.children()}
+    return {name: m for name, m in layers.items() if id(m) not in read}
+
+
 def hidden_layers(net: nn.Module, head: str | None) -> dict[str, nn.Module]:
     """Linear and Conv2d layers by name, without the classifier ``head``.
 
     Subclasses and parametrised layers are left out, and the layers of torch's own transformer, whose weights are read
     without a call.
     """
-    hidden = {id(child) for m in net.modules() if isinstance(m, nn.TransformerEncoderLayer) for child in m.children()}
     inside = f"{head}."
-    return {
+    return called(net, {
         name: m for name, m in net.named_modules()
-        if type(m) in (nn.Linear, nn.Conv2d) and id(m) not in hidden and name != head and not name.startswith(inside)
-    }  # fmt: skip
+        if type(m) in (nn.Linear, nn.Conv2d) and name != head and not name.startswith(inside)
+    })  # fmt: skip
 
 
 def width(module: nn.Module) -> int:
@@ -100,9 +105,15 @@ def told(kind: type[nn.Module], *nets: nn.Module, **values: Any) -> Iterator[Non
 
 
 def wrap(a: Adapter, layers: dict[str, nn.Module], make: Callable[[nn.Module], nn.Module]) -> int:
-    """Put ``make(layer)`` in the place of each of these layers of an adapter's net, in the net's order; how many."""
+    """Put ``make(layer)`` in the place of each of these layers of an adapter's net, in the net's order; how many.
+
+    Raises:
+        UDAError: layers lie inside each other.
+    """
     chosen = {id(m) for m in layers.values()}
-    return a.replace(lambda m: id(m) in chosen, make)
+    if (count := a.replace(lambda m: id(m) in chosen, make)) < len(chosen):
+        raise UDAError(f"Of the layers {', '.join(layers)} some lie inside others: name one or the other.")
+    return count
 
 
 def first_inputs(net: nn.Module) -> tuple[bool, int]:

@@ -119,11 +119,12 @@ class LSA(Method):
         kind = method_class(method)
         if issubclass(kind, LSA):
             raise UDAError("LSA: one around another is no method.")
-        if kind.episodic:
+        self.inner = kind(**(arguments or {}))
+        if self.inner.episodic:
             raise UDAError(f"LSA: {method} forgets after each sample, and would forget the label distribution.")
         if condition not in ("degree", "prior"):
             raise UDAError(f"LSA: condition is 'degree' or 'prior', not {condition!r}.")
-        self.inner, self.condition, self.rate = kind(**(arguments or {})), condition, rate
+        self.condition, self.rate = condition, rate
         self.steps, self.adapter_lr, self.batch_size = steps, adapter_lr, batch_size
         self.hidden, self.spread = hidden, spread if condition == "prior" else 0.0
         self.needs = "domains" if self.inner.needs == "domains" else "labels"
@@ -200,4 +201,8 @@ class LSA(Method):
         prior = a.state.get("lsa_prior", torch.full_like(known, 1 / len(known)))
         a.state["lsa_prior"] = prior = torch.lerp(prior, p.to(prior), self.rate)
         self._apply(a, prior)
-        return self.inner.step(a, x)
+        logits = self.inner.step(a, x)
+        if "lsa_prior" not in a.state:  # the inner method went back to the start, as SAR does where it must
+            a.state["lsa_prior"] = prior
+            self._apply(a, prior)
+        return logits

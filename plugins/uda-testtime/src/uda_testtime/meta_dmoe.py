@@ -106,7 +106,7 @@ class MetaDMoE(Method):
         self.expert_lr, self.expert_decay, self.expert_epochs = expert_lr, expert_decay, expert_epochs
         self.aggregator_pretrain_lr, self.aggregator_epochs = aggregator_pretrain_lr, aggregator_epochs
         self.pretrain_batch_size, self.depth, self.heads, self.dropout = pretrain_batch_size, depth, heads, dropout
-        self.adapt, self.source_weight = adapt, source_weight
+        self.adapt, self.source_weight, self.episodic = adapt, source_weight, adapt == "each"
 
     # ------------------------------------------------------------------------------------------ its networks
 

@@ -38,7 +38,7 @@ made, so sizes are fixed there. ``a.features`` gives the classifier's inputs, al
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -55,12 +55,21 @@ class Method:
     #: keeps nothing from batch to batch, so that several processes give the same results as one
     averages: ClassVar[bool] = False
     #: returns to the start of the stream within a step, for each sample
-    episodic: ClassVar[bool] = False
+    episodic: bool = False
     #: of the source, once before the stream: ``inputs``, ``labels`` with them, or ``domains`` as well; an object whose
     #: arguments decide sets its own
     needs: Needs = "nothing"
     #: the forward whose logits count
     scored: str = "before the update"
+
+    def told(self) -> dict[str, Any]:
+        """Name and arguments in plain types: which method a file was made by."""
+        plain = (bool, int, float, str, list, dict, type(None))
+
+        def simple(value: Any) -> Any:
+            return value.told() if isinstance(value, Method) else value if isinstance(value, plain) else repr(value)
+
+        return {"method": type(self).__name__, **{name: simple(value) for name, value in vars(self).items()}}
 
     def attach(self, a: Adapter) -> None:
         """Change ``a.net`` and name what is trained, once before the stream."""
@@ -75,6 +84,12 @@ class Method:
     def step(self, a: Adapter, x: Tensor) -> Tensor:
         """Adapt to a batch ``[B, ...]``; the logits ``[B, C]`` that count."""
         return self.predict(a, x)
+
+
+def other_arguments(found: dict[str, Any], mine: dict[str, Any]) -> str:
+    """Which of :meth:`Method.told` differ, in words; empty: none."""
+    names = [k for k in {**found, **mine} if found.get(k) != mine.get(k)]
+    return ", ".join(f"{k}: {found.get(k)!r}, now {mine.get(k)!r}" for k in names)
 
 
 @dataclass(frozen=True)

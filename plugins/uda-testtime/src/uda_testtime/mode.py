@@ -68,7 +68,7 @@ class MoDE(nn.Module):
                 draw = torch.randn(logits.shape, generator=self.noise).to(logits)
                 logits = logits + draw * (F.softplus(spread) + 0.01)
             if self.record is not None:
-                self.record.append(logits.softmax(1))
+                self.record.append((logits.detach() if self.compat else logits).softmax(1))
             return self._released(logits) if self.compat else expert_gates(logits, self.top)
 
     def _released(self, logits: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from uda.errors import UDAError
+from uda_testtime.method import other_arguments
 
 if TYPE_CHECKING:
     from uda_testtime.method import Method
@@ -70,7 +71,8 @@ class Prepared:
         self.check_ready()
         content = {
             "format": "uda-testtime 1", "method": type(self.method).__name__, "model": self._fingerprint,
-            "net": self.net.state_dict(), "start": self._start, "prepared": self.prepared,
+            "arguments": self.method.told(), "net": self.net.state_dict(), "start": self._start,
+            "prepared": self.prepared,
         }  # fmt: skip
         torch.save(content, path)
 
@@ -78,7 +80,7 @@ class Prepared:
         """Start from a file of :meth:`save_prepared`.
 
         Raises:
-            UDAError: no such file, another method or model, or other sizes.
+            UDAError: no such file, or one of another method, model or other arguments.
         """
         name = type(self.method).__name__
         try:
@@ -92,6 +94,8 @@ class Prepared:
             if found[what] != mine:
                 told = f"{found[what]}, not {mine}" if what == "method" else "another source model"
                 raise UDAError(f"{path} was made for {told}: make it ready again.")
+        if other := other_arguments(found.get("arguments", {}), self.method.told()):
+            raise UDAError(f"{path} was made with other arguments of {name} ({other}): make it ready again.")
         try:
             self.net.load_state_dict(found["net"])
             self.prepared = found["prepared"]

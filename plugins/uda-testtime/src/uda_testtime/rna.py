@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from uda.errors import UDAError
 from uda.nn import full, no_autocast
 from uda_testtime.adapter import Adapter, Method
-from uda_testtime.layers import channel_axis, hidden_layers, named_layers, per_sample, told, width, wrap
+from uda_testtime.layers import called, channel_axis, hidden_layers, named_layers, per_sample, told, width, wrap
 from uda_testtime.parts import class_prototypes, feature_size, seeded
 from uda_testtime.source import SourceSamples
 from uda_testtime.surgery import norm_layers
@@ -101,7 +101,7 @@ class RNA(Method):
         if self.layers is not None:
             chosen = named_layers(a.net, self.layers, "RNA")
         else:
-            chosen = norm_layers(a.net) or hidden_layers(a.net, a.head)
+            chosen = called(a.net, norm_layers(a.net)) or hidden_layers(a.net, a.head)
         if not chosen:
             raise UDAError("RNA: the model has no normalisation and no hidden layer to modulate.")
         _, c = feature_size(a, "RNA")
@@ -167,7 +167,7 @@ class RNA(Method):
         if coarse is not None:
             if not self.groups:
                 raise UDAError("RNA: coarse classes came beside the batch: name the group of each class (groups).")
-            coarse = torch.as_tensor(coarse, device=x.device)
+            coarse = torch.as_tensor(coarse, device=x.device).long()
             if coarse.shape != (len(x),) or not -1 <= int(coarse.min()) <= int(coarse.max()) <= max(self.groups):
                 what, given = f"{len(x)} numbers from -1 (unknown) to {max(self.groups)}", coarse.flatten()[:5].tolist()
                 raise UDAError(f"RNA: side['coarse'] is {what}, not of shape {tuple(coarse.shape)}: {given}...")

@@ -49,6 +49,8 @@ class SourceSamples:
             left = limit
             for batch in loader:
                 x, y = (batch["x"], batch.get("y")) if isinstance(batch, dict) else cls._pair(batch)
+                if y is not None:  # -1: an image that could not be read, and was skipped
+                    x, y = x[y >= 0], y[y >= 0]
                 parts["x"].append(x[:left])
                 parts["domain"].append(torch.full((len(x[:left]),), d))
                 if labels and y is not None:

@@ -12,6 +12,7 @@ import torch
 
 from uda.errors import UDAError
 from uda_testtime.adapter import Adapter
+from uda_testtime.method import other_arguments
 from uda_testtime.streams import Stream, StreamBatch
 
 FORMAT = "uda-testtime walk 1"
@@ -130,6 +131,7 @@ class Walk:
         """Write the state, whole or not at all; it loads with ``weights_only``."""
         content = {
             "format": FORMAT, "stream": self.stream.fingerprint(), "method": type(self.adapter.method).__name__,
+            "arguments": self.adapter.method.told(),
             "done": self.done, "labels": torch.from_numpy(self.labels), "scores": torch.from_numpy(self.scores),
             "logs": self.logs, "adapter": self.adapter.snapshot(),
         }  # fmt: skip
@@ -144,7 +146,7 @@ class Walk:
             UDAError: no state, or that of another method, model or stream.
         """
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location=place(self.adapter, torch.empty(0)).device, weights_only=True)
         except Exception as error:
             raise UDAError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -152,6 +154,8 @@ class Walk:
         name = type(self.adapter.method).__name__
         if found["method"] != name:
             raise UDAError(f"{path} is the state of {found['method']}, not of {name}.")
+        if other := other_arguments(found.get("arguments", {}), self.adapter.method.told()):
+            raise UDAError(f"{path} is a state of other arguments of {name} ({other}): repeat those it began with.")
         if found["stream"] != self.stream.fingerprint():
             raise UDAError(f"{path} is the state of another stream: data, setting, batch size, seed or limit differ.")
         try:
@@ -159,4 +163,4 @@ class Walk:
         except (RuntimeError, ValueError, KeyError) as error:
             raise UDAError(f"{path} does not fit the model or the method's arguments: {error}") from error
         self.done, self.logs = found["done"], found["logs"]
-        self.labels, self.scores = found["labels"].numpy(), found["scores"].numpy()
+        self.labels, self.scores = found["labels"].cpu().numpy(), found["scores"].cpu().numpy()

@@ -56,13 +56,14 @@ def main(argv: list[str]) -> int:
 
     sequence = Sequence(plan, here if args.in_process else apart)
     sequence.check()
+    new = not plan.out.exists()
     plan.out.mkdir(parents=True, exist_ok=True)
     (plan.out / RECORD).write_text(json.dumps(plan.told(), indent=2) + "\n")
     try:
         summary = sequence.run()
     except Stopped as stop:
-        if not any(plan.out.rglob("checkpoints")):  # the first fit was refused: nothing to go on with
-            shutil.rmtree(plan.out)
+        if new and stop.code not in (130, 143) and not any(plan.out.rglob("checkpoints")):
+            shutil.rmtree(plan.out)  # the first fit was refused: nothing to go on with
             return stop.code
         told = "was stopped" if stop.code in (130, 143) else f"failed with code {stop.code}"
         print(f"uda continual: a fit {told}; go on: the same command with --resume", file=sys.stderr)

@@ -52,7 +52,7 @@ def with_domain(
     if memory is not None:
         for k, values in parts.items():
             values.append(memory[k][memory["rank"] < each])
-    for c in y.unique().tolist():
+    for c in y[y >= 0].unique().tolist():  # -1: an image that could not be read
         own = (y == c).nonzero().flatten()
         rows = own[herding(features[own], each)]
         rank = torch.arange(len(rows))

@@ -22,7 +22,8 @@ def noisy_label_loss(logits: Tensor, y: Tensor, other: Tensor, phase: str, thres
     """One of the three phases of NLNL (Kim et al., ICCV 2019), mean over the samples that take part.
 
     ``negative``: ``-log(1 - p_other)`` of all; ``selective``: of those with ``p_y > 1 / C``; ``positive``:
-    ``-log p_y`` of those with ``p_y > threshold``.
+    ``-log p_y`` of those with ``p_y > threshold``. As in the authors' code ``1 - p_other`` is at least 1e-5: below,
+    there is no gradient.
 
     Args:
         logits: ``[B, C]``; y: labels ``[B]``; other: complementary labels ``[B]``.
