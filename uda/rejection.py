@@ -150,5 +150,7 @@ class Reject(Plugin):
         if self._seen is not None:  # the first target batch after the sources; all ranks come here together
             self.limit.fill_(torch.quantile(gather_rows(torch.cat(self._seen)).double(), self.quantile).item())
             self._seen = None
+        if self.threshold is not None:  # a checkpoint's limit is of its own threshold
+            return prediction.rejecting(found > self.threshold, found)
         of = "cut of the target" if self.split else "quantile of the source"
         return prediction.rejecting(found > known_limit(model, self.limit, f"Reject: the {of}"), found)

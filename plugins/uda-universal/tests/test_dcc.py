@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -122,6 +124,25 @@ def test_finds_unknown_classes(universal_fit):
     plugin = model.plugins["align"]
     assert 0 < int(plugin.count[0]) <= len(plugin.centres)
     assert int((plugin.partner >= 0).sum()) <= 4
+
+
+def test_searches_of_the_warm_up_settle_nothing():
+    source, y, _, target, *_ = drawn(n=60, m=80)
+    model = SimpleNamespace(
+        num_classes=4, base_seed=0, feature_dim=6, sizes={"t": len(target)}, target_name="t", progress=0.0
+    )
+    dcc, searched = DCC(warmup=0.1, step=1, starts=1), []
+    dcc.build(model)
+    for progress in (0.0, 0.05, 0.2, 0.3):
+        model.progress = progress
+        with mock.patch("uda_universal.dcc.match", side_effect=match) as asked:
+            dcc.cluster(model, *map(torch.as_tensor, (source, y, target)))
+        searched.append(not isinstance(asked.call_args.args[4], list))  # else a list of one number
+    assert all(searched[:3])  # the two of the warm-up agreed on 0
+    dcc.count[:] = torch.tensor([5, 5, 5])
+    with mock.patch("uda_universal.dcc.match", side_effect=match) as asked:
+        dcc.cluster(model, *map(torch.as_tensor, (source, y, target)))
+    assert asked.call_args.args[4] == [5]
 
 
 def test_bad_arguments():

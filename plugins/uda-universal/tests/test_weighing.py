@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,6 +104,17 @@ def test_bad_arguments():
     ):  # fmt: skip
         with pytest.raises(uda.UDAError):
             make()
+
+
+def test_a_threshold_that_is_given_counts_over_that_of_a_checkpoint():
+    draw = torch.Generator().manual_seed(0)
+    strange = torch.linspace(-1, 1, 21)
+    batch = SimpleNamespace(role="target", features=torch.randn(21, 4, generator=draw), logits=torch.zeros(21, 3))
+    prediction = uda.Prediction(label=torch.zeros(21, dtype=torch.long), score=torch.ones(21))
+    old, new = UAN(threshold=-0.5), UAN(threshold=0.25)
+    new.load_state_dict(old.state_dict())
+    new.strangeness = lambda features, logits: strange
+    assert torch.equal(new.reject(None, batch, prediction).unknown, strange > -0.25)
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ class DCC(uda.Plugin):
     def cluster(self, model: uda.UDA, source: Tensor, y: Tensor, target: Tensor) -> None:
         """Cluster and match features of whole domains ``[N, F]``, ``[M, F]``; y ``[N]``."""
         now, last, before = self.count.tolist()
-        settled = self.settle and now > 0 and last == before
+        settled = self.settle and last > 0 and last == before  # searches of the warm-up count as 0
         most = min(len(self.centres), len(target))
         first = (self.first or model.num_classes) if last == 0 else self.step
         numbers = [now] if settled else candidates(first, self.step, most)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -205,7 +206,12 @@ class MemSPM(DCC):
 
     @uda.hookimpl
     def before_evaluation(self, model: uda.UDA) -> None:
-        """At the end of a fit, the picture."""
+        """At the end of a fit, the picture, or a word that there is no memory."""
+        if not self.started and model.progress >= 1:
+            rank_zero_warn(
+                "MemSPM: no refresh came after the warm-up, so that its memory never started: lower refresh_every "
+                f"({self.refresh_every}) or warmup ({self.warmup})."
+            )
         if self.picture and self.started:
             from uda_universal.memory_view import write_at_the_end
 

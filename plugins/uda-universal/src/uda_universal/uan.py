@@ -114,5 +114,7 @@ class UAN(Adversary):
     @uda.hookimpl
     def reject(self, model: uda.UDA, batch: uda.DomainBatch, prediction: uda.Prediction) -> uda.Prediction:
         """Unknown where the transferability is small."""
+        if self.threshold is not None:  # a checkpoint's limit is of its own threshold
+            return marked(batch, prediction, self.strangeness(batch.features, batch.logits), -self.threshold)
         limit = known_limit(model, self.limit, "UAN: the cut of the target")
         return marked(batch, prediction, self.strangeness(batch.features, batch.logits), limit)
