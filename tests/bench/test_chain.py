@@ -137,3 +137,11 @@ def test_jobs_of_a_cluster_come_in_waves(suite, launcher, monkeypatch, capsys):
     tally = slurm.submit_all(runs, ledger, {}, cluster="debug")
     assert len(launch.done) == len(set(launch.done))
     assert tally.skipped == ["b->a/shot/0"]
+
+
+def test_a_first_run_that_is_made_again_is_waited_for(suite, fake):
+    assert len(done(suite, fake, only="a->b/plain/0").finished) == 1
+    run, finished = suite.run("a->b", "shot", 0), Ledger(suite.ledger).finished()
+    first = suite.run("a->b", "plain", 0)
+    assert chain.waits_for(run, finished) is None
+    assert chain.waits_for(run, finished, {first.key}) == (first, "last")  # its checkpoint is about to be deleted

@@ -162,11 +162,15 @@ def missing(runs: Sequence[Run], finished: Collection[str]) -> list[Run]:
     return [r for r in runs if r.key not in finished or not has_left(r, needed.get(r.key, ()))]
 
 
-def waits_for(run: Run, finished: Collection[str]) -> tuple[Run, str] | None:
-    """The first of the runs that this one starts from which is not there yet, and the checkpoint of it."""
+def waits_for(run: Run, finished: Collection[str], planned: Collection[str] = ()) -> tuple[Run, str] | None:
+    """The first of the runs that this one starts from which is not there yet, and the checkpoint of it.
+
+    Args:
+        finished: keys of finished runs; planned: of those that are still to be made, perhaps anew: their folders go.
+    """
     for start in run.starts:
         for first in start.firsts:
-            if first.key not in finished or not has_left(first, [start.checkpoint]):
+            if first.key in planned or first.key not in finished or not has_left(first, [start.checkpoint]):
                 return first, start.checkpoint
     return None
 

@@ -111,6 +111,7 @@ def run_all(
     finished, failures = ledger.finished(), ledger.failures()
     wanted = chain.wanted(runs, finished)
     queue = collections.deque(chain.missing(runs, finished))
+    planned = {run.key for run in queue}
     total, tally, claims = len(queue), Tally(), Claims(ledger.path)
     lock, stopped, waiting, ended = threading.Lock(), threading.Event(), set(), set()
 
@@ -138,8 +139,9 @@ def run_all(
                 run = queue.popleft()
             except IndexError:
                 return
-            if run.starts and (lacking := chain.waits_for(run, now := ledger.finished())):
-                if lacking[0].key in ended:
+            if run.starts and (lacking := chain.waits_for(run, now := ledger.finished(), planned - ended)):
+                first = lacking[0].key
+                if first in ended or (first not in planned and claims.holder(first) is None):
                     tell(run, {"status": "skipped", "why": chain.why_skipped(*lacking, now)})
                 else:
                     postpone(run)

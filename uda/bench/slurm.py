@@ -72,11 +72,16 @@ def submit_all(
         raise UDAError(f"slurm options of the suite: {error}") from error
     while todo:
         finished = ledger.finished()
-        ready = [r for r in todo if chain.waits_for(r, finished) is None]
+        planned, claims = {r.key for r in todo}, Claims(ledger.path)
+        ready = [r for r in todo if chain.waits_for(r, finished, planned) is None]
         if not ready:  # what they start from has been tried
             for run in todo:
-                why = chain.why_skipped(*chain.waits_for(run, finished), finished)
-                print(f"{run.label}: skipped: {why}", flush=True)
+                first, checkpoint = chain.waits_for(run, finished, planned)
+                if claims.holder(first.key) is not None:
+                    print(f"{run.label}: another process makes {first.label}, its start: call again", flush=True)
+                    tally.others.append(run.label)
+                    continue
+                print(f"{run.label}: skipped: {chain.why_skipped(first, checkpoint, finished)}", flush=True)
                 tally.skipped.append(run.label)
             break
         todo = [r for r in todo if r not in ready]

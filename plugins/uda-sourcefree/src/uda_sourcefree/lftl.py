@@ -37,7 +37,7 @@ class LFTL(uda.Plugin):
     Args:
         budget: labels in all: a share of the target's training pool below 1, else a number of samples.
         oracle: who answers, an :class:`~uda_sourcefree.oracle.Oracle` or its ``{class_path, init_args}``.
-        rounds: published: 10. Not more than the run's epochs.
+        rounds: published: 10. The run's epochs should be a multiple of them: a round opens with an epoch.
         sampling: ``contrastive``, as published; baselines: ``margin`` (smallest margin alone), ``entropy`` (largest),
             ``badge``, ``clue``, ``k_centre`` (:mod:`uda_sourcefree.queries`), ``random``.
         strength: of the change since the last round; balance: of the class frequency; confident: samples that it is
