@@ -16,11 +16,11 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from ledgers import keys_of, stopper
 from uda_testtime.continual.measures import sequence_measures
 
 from uda.cli import main as uda
@@ -93,16 +93,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    end = time.monotonic() + 60 * args.minutes
-    lines = args.ledger.read_text().splitlines() if args.ledger.exists() else []
-    done = {json.loads(line)["key"] for line in lines}
+    stop_in_time = stopper(args.minutes)
+    done = keys_of(args.ledger)
     for suite in args.suites:
         words, orders = SUITES[suite]
         for order, seed, method in ((o, s, m) for o in orders for s in args.seeds for m in args.methods):
             folder = args.cache / suite / short(order) / f"{method}_{seed}"
             if not (folder / "summary.json").is_file():
-                if time.monotonic() > end:
-                    sys.exit(75)  # more to do
+                stop_in_time()
                 code = uda([
                     "continual", *words, *METHODS[method], "--shifts", *order[1:], f"--data.source={order[0]}",
                     f"--data.target={order[1]}", f"--seed_everything={seed}", "--trainer.enable_progress_bar=false",

@@ -15,6 +15,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from ledgers import keys_of
+
 from uda.bench.record import without_nulls
 from uda.cli import main as uda
 from uda.metrics.names import MEASURES
@@ -50,8 +52,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--suites", nargs="+", default=list(SUITES), choices=list(SUITES))
     args = parser.parse_args()
-    lines = args.ledger.read_text().splitlines() if args.ledger.exists() else []
-    done = {json.loads(line)["key"] for line in lines}
+    done = keys_of(args.ledger)
     folder = args.runs or Path(tempfile.mkdtemp())
     for seed in args.seeds:
         for suite in args.suites:

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ledgers import keys_of, stopper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from uda_testtime import Adapter, SourceSamples
@@ -286,9 +287,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.cache.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * args.minutes
-    lines = args.ledger.read_text().splitlines() if args.ledger.exists() else []
-    done = {json.loads(line)["key"] for line in lines}
+    stop_in_time = stopper(args.minutes)
+    done = keys_of(args.ledger)
     named = {name for name, _ in METHODS.values()}
     chosen = [*METHODS, *(n for n in methods() if n not in named)] if args.methods == ["all"] else args.methods
     made: dict[str, Suite] = {}
@@ -301,8 +301,7 @@ def main() -> None:
                             continue
                         if f"{suite}/{setting}/{size}/{method}/{seed}" in done:
                             continue
-                        if time.monotonic() > end:
-                            sys.exit(75)  # more to do
+                        stop_in_time()
                         if suite not in made:
                             made[suite] = SUITES[suite](args.cache)
                         try:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from ledgers import keys_of, stopper
 from testtime import SUITES, Suite
 from uda_testtime import Adapter, Guard, SourceSamples
 from uda_testtime.registry import method_class
@@ -81,16 +81,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.cache.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * args.minutes
-    lines = args.ledger.read_text().splitlines() if args.ledger.exists() else []
-    done = {json.loads(line)["key"] for line in lines}
+    stop_in_time = stopper(args.minutes)
+    done = keys_of(args.ledger)
     suite = SUITES["pacs_features"](args.cache)
     for seed in args.seeds:
         for variant in VARIANTS:
             if f"{args.rounds}/1/{variant}/{seed}" in done:
                 continue
-            if time.monotonic() > end:
-                sys.exit(75)  # more to do
+            stop_in_time()
             records = walked(suite, variant, seed, args.rounds)
             with args.ledger.open("a") as out:
                 out.writelines(json.dumps(record) + "\n" for record in records)

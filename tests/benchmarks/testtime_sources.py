@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ledgers import keys_of, stopper
 from torch import Tensor, nn
 from uda_testtime.meta_dmoe import MetaDMoE
 from uda_testtime.plugin import adapter_of
@@ -84,15 +85,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    end = time.monotonic() + 60 * args.minutes
-    lines = args.ledger.read_text().splitlines() if args.ledger.exists() else []
-    done = {json.loads(line)["key"] for line in lines}
+    stop_in_time = stopper(args.minutes)
+    done = keys_of(args.ledger)
     for seed in args.seeds:
         for target in DOMAINS:
             if record(target, "meta_dmoe", seed, 0.0, 0.0)["key"] in done:
                 continue
-            if time.monotonic() > end:
-                sys.exit(75)  # more to do
+            stop_in_time()
             start = time.perf_counter()
             found = accuracies(target, seed, args.cache)
             seconds = time.perf_counter() - start
