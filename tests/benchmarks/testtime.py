@@ -12,6 +12,7 @@ A figure is the accuracy of the predictions made on arrival, averaged over the s
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
 import json
 import os
@@ -197,17 +198,23 @@ def digits_suite(folder: Path) -> Suite:
 
 
 def mnist_suite(folder: Path) -> Suite:
-    """Trained on MNIST; its test images, USPS, MNIST-M, at 28x28 gray."""
-    with np.load(DATA / "digits.npz") as f:
-        def gray(key: str) -> Tensor:
-            x = torch.from_numpy(f[f"{key}_x"]).float() / 255
-            x = x[:, None] if x.dim() == 3 else (x @ torch.tensor([0.299, 0.587, 0.114]))[:, None]
-            return (F.interpolate(x, (28, 28), mode="bilinear", antialias=True) - MEAN) / STD
+    """Trained on 4,000 of MNIST; others of it, USPS, MNIST-M (its first four digits alone), at 28x28 gray.
 
-        shifts = [Shift(k, gray(f"{k}_test"), f[f"{k}_test_y"].astype(np.int64)) for k in ("mnist", "usps", "mnistm")]
-        source = gray("mnist_train")[:4000], torch.from_numpy(f["mnist_train_y"][:4000].astype(np.int64))
+    The file's rows are sorted by class, and its test rows of MNIST and MNIST-M hold its first classes only.
+    """
+    with np.load(DATA / "digits.npz") as f:
+        def gray(x: np.ndarray) -> Tensor:
+            t = torch.from_numpy(x).float() / 255
+            t = t[:, None] if t.dim() == 3 else (t @ torch.tensor([0.299, 0.587, 0.114]))[:, None]
+            return (F.interpolate(t, (28, 28), mode="bilinear", antialias=True) - MEAN) / STD
+
+        order = np.random.default_rng(0).permutation(len(f["mnist_train_y"]))
+        x, y = gray(f["mnist_train_x"][order]), f["mnist_train_y"][order].astype(np.int64)
+        shifts = [Shift("mnist", x[4000:], y[4000:])]
+        shifts += [Shift(k, gray(f[f"{k}_train_x"]), f[f"{k}_train_y"].astype(np.int64)) for k in ("usps", "mnistm")]
     torch.manual_seed(0)
-    return Suite(folder, "mnist", resnet("batch", 2, 1), source, shifts, 500, 4)
+    net = resnet("batch", 2, 1)
+    return Suite(folder, "mnist", net, (x[:4000], torch.from_numpy(y[:4000])), shifts, 500, 4)
 
 
 def pacs_suite(folder: Path) -> Suite:
@@ -240,19 +247,20 @@ SUITES: dict[str, Callable[[Path], Suite]] = {
 
 
 def adapter_of(suite: Suite, method: str, seed: int, folder: Path) -> Adapter:
-    """Made ready from a file, which is written at the first time."""
+    """Made ready from a file, which is written at the first time, whatever the seed, for each set of arguments."""
     name, arguments = METHODS.get(method, (method, {}))
     kind = method_class(name)
     if "flip" in inspect.signature(kind).parameters:
         arguments = {"flip": suite.mirrored, **arguments}
     out = Adapter(suite.net, kind(**arguments), seed=seed, **suite.scale)
     if not out.ready:
-        file = folder / f"{suite.name}_{method}.ready"
+        made_by = hashlib.sha256(json.dumps(out.method.told(), sort_keys=True).encode()).hexdigest()[:12]
+        file = folder / f"{suite.name}_{method}_{made_by}.ready"
         if not file.is_file():
-            out.prepare(SourceSamples(*suite.source))
-            out.save_prepared(file)
-        else:
-            out.load_prepared(file)
+            first = Adapter(suite.net, kind(**arguments), **suite.scale)
+            first.prepare(SourceSamples(*suite.source))
+            first.save_prepared(file)
+        out.load_prepared(file)
     return out
 
 
@@ -308,8 +316,7 @@ def main() -> None:
                             record = walked(made[suite], method, setting, size, seed, args.cache)
                         except UDAError as error:  # such as BatchNorm statistics of a net without BatchNorm
                             print(f"{suite}: {method}: {error}", file=sys.stderr)
-                            done |= {f"{suite}/{s}/{b}/{method}/{k}"
-                                     for s in args.settings for b in args.batches for k in args.seeds}  # fmt: skip
+                            done |= {f"{suite}/{s}/{size}/{method}/{k}" for s in args.settings for k in args.seeds}
                             continue
                         with args.ledger.open("a") as out:
                             out.write(json.dumps(record) + "\n")
