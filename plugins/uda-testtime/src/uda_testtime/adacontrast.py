@@ -19,6 +19,7 @@ from uda.losses import log_mean_probs
 from uda.nn import full, no_autocast
 from uda.nn.ema import EMATeacher
 from uda_testtime.adapter import Adapter, Method
+from uda_testtime.checks import check_head
 from uda_testtime.parts import all_parameters
 from uda_testtime.views import uniform
 
@@ -147,7 +148,7 @@ class AdaContrast(Method):
         """The key network, and an optimiser with a group for the classifier."""
         a.add("key", EMATeacher(a.net, buffers="none"))
         every = all_parameters(a, "AdaContrast")
-        head = list(a.net.get_submodule(a.head).parameters()) if a.head else []
+        head = list(a.net.get_submodule(check_head(a.head, "AdaContrast")).parameters())
         rest = [p for p in every if not any(p is q for q in head)]
         groups = [{"params": rest, "lr": self.lr}, {"params": head, "lr": self.lr * self.head_factor}]
         options: dict[str, Any] = {"nesterov": True, "weight_decay": 1e-4} if self.optimizer == "sgd" else {}

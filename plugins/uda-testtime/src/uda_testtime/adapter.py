@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from uda.errors import UDAError
 from uda_testtime import views
-from uda_testtime.checks import check_batch, check_model, check_optimizer
+from uda_testtime.checks import check_batch, check_head, check_model, check_optimizer
 from uda_testtime.method import Guard, Method
 from uda_testtime.prepared import Prepared
 from uda_testtime.surgery import replace_modules, undo
@@ -105,10 +105,9 @@ class Adapter(Prepared):
 
     def features(self, x: Tensor, net: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Features ``[B, D]`` (the classifier's input) and logits ``[B, C]`` of one forward, also of a copy."""
-        if self.head is None:
-            raise UDAError("The model has no Linear: name its classifier by Adapter(head=...).")
         net, kept = net or self.net, []
-        handle = net.get_submodule(self.head).register_forward_pre_hook(lambda m, args: kept.append(args[0]))
+        head = net.get_submodule(check_head(self.head, "Features"))
+        handle = head.register_forward_pre_hook(lambda m, args: kept.append(args[0]))
         try:
             logits = net(x)
         finally:

@@ -22,6 +22,13 @@ def check_model(model: nn.Module) -> None:
         raise UDAError("Adapter: give the model itself, not the result of torch.compile: its layers are replaced.")
 
 
+def check_head(head: str | None, who: str) -> str:
+    """The name of the classifier layer, which ``who`` needs."""
+    if head is None:
+        raise UDAError(f"{who}: the model has no Linear: name its classifier by Adapter(head=...).")
+    return head
+
+
 def check_optimizer(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Class and default options of an optimiser."""
     if name not in OPTIMIZERS:

@@ -132,8 +132,6 @@ class LSA(Method):
 
     def attach(self, a: Adapter) -> None:
         """The shifted classifier and its network, then the inner method."""
-        if a.head is None:
-            raise UDAError("LSA: the model has no Linear: name its classifier by Adapter(head=...).")
         d, c = feature_size(a, "LSA")
         head = a.net.get_submodule(a.head)
         a.replace(lambda m: m is head, lambda m: ShiftedHead(m, d, c))

@@ -10,6 +10,7 @@ from uda.errors import UDAError
 from uda.losses import entropy
 from uda.nn import full, no_autocast
 from uda_testtime.adapter import Adapter, Method
+from uda_testtime.checks import check_head
 from uda_testtime.surgery import mix_statistics, norm_parameters
 
 
@@ -115,6 +116,10 @@ class LAME(Method):
 
     def __init__(self, k: int = 5) -> None:
         self.k = k
+
+    def attach(self, a: Adapter) -> None:
+        """The classifier's inputs are what neighbours are found by."""
+        check_head(a.head, "LAME")
 
     def step(self, a: Adapter, x: Tensor) -> Tensor:
         """Log of the assignments."""

@@ -14,6 +14,7 @@ from uda.errors import UDAError
 from uda.nn import full, no_autocast
 from uda.nn.heads import class_vectors
 from uda_testtime.adapter import Adapter
+from uda_testtime.checks import check_head
 from uda_testtime.source import SourceSamples
 from uda_testtime.views import cotta_view
 
@@ -66,9 +67,7 @@ def seeded(a: Adapter) -> Iterator[None]:
 
 def feature_size(a: Adapter, who: str) -> tuple[int, int]:
     """Number of features and of classes, ``D`` and ``C``, of the classifier; ``who`` needs them, for the message."""
-    if a.head is None:
-        raise UDAError(f"{who}: the model has no Linear: name its classifier by Adapter(head=...).")
-    head = a.net.get_submodule(a.head)
+    head = a.net.get_submodule(check_head(a.head, who))
     if isinstance(head, nn.Linear):
         return head.in_features, head.out_features
     c, d = class_vectors(head, who).shape
