@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import uda
 from uda.cli import main
@@ -141,14 +142,19 @@ def test_means_and_history_files(tmp_path: Path) -> None:
 
 def test_one_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "page.html"
+    drawn = runs / "plain" / "seed0" / "memory" / "held.png"  # as a method leaves one
+    drawn.parent.mkdir()
+    Image.new("RGB", (4, 4)).save(drawn)
     page = made(runs / "plain" / "seed0", "--out", out, "--format", "svg", "--max_samples", "20")
+    assert [a["alt"] for t, a in page.tags if t == "img"] == ["memory/held.png"]
     summary = json.loads((runs / "plain" / "seed0" / "summary.json").read_text())
     for kind in ("target_accuracy", "target_class_accuracy"):
         for value in summary[kind].values():
             assert f" {100 * value:.1f} " in page.text
     for words in ("source → target: source only", "selected by transfer_score", "oracle", "target labels",
                   "Learning curves", "classification", "Label-free scores", "t-SNE", "20 source images", "BBSE", "ATC",
-                  "The inputs are no images", "Where this comes from", summary["config_hash"]):  # fmt: skip
+                  "The inputs are no images", "Pictures of the method", "Where this comes from",
+                  summary["config_hash"]):  # fmt: skip
         assert words in page.text, words
     names = {p.stem for p in (tmp_path / "page_figures").iterdir()}
     assert names >= {

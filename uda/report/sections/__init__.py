@@ -10,6 +10,7 @@ from uda.report.sections import (
     embedding,
     mistakes,
     overview,
+    pictures,
     provenance,
     settings,
     shares,
@@ -19,9 +20,9 @@ from uda.report.sections.base import RULES, Report, method
 __all__ = ["PARTS", "RULES", "Report", "all_sections", "method"]
 
 #: in the order of the page
-PARTS = (overview, settings, curves, classes, embedding, confidence, shares, mistakes, provenance)
+PARTS = (overview, settings, curves, classes, embedding, confidence, shares, mistakes, pictures, provenance)
 
 
 def all_sections(report: Report) -> list[Section]:
-    """Every part, in order."""
-    return [part.section(report) for part in PARTS]
+    """Every part, in order; a part may have nothing to show."""
+    return [made for part in PARTS if (made := part.section(report)) is not None]
