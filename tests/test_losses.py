@@ -110,6 +110,8 @@ def test_domain_adversarial_loss():
     left = sum(w * v for w, v in zip(ws.tolist(), source, strict=True)) / 1.7
     right = (3 * target[0] + target[1]) / 4
     assert losses.domain_adversarial_loss(s, t, ws, wt).item() == pytest.approx((left + right) / 2)
+    over_batch = (left * 1.7 / 3 + right * 4 / 2) / 2
+    assert losses.domain_adversarial_loss(s, t, ws, wt, "batch").item() == pytest.approx(over_batch)
     assert losses.domain_adversarial_loss(s, t, torch.zeros(3), torch.zeros(2)).item() == 0
     huge = losses.domain_adversarial_loss(torch.full((2,), -1e4), torch.full((2,), 1e4))
     assert huge.item() == pytest.approx(1e4)
@@ -117,6 +119,8 @@ def test_domain_adversarial_loss():
         losses.domain_adversarial_loss(torch.zeros(3, 2), t)
     with pytest.raises(UDAError, match="One weight a sample"):
         losses.domain_adversarial_loss(s, t, torch.ones(2))
+    with pytest.raises(UDAError, match="Unknown mean"):
+        losses.domain_adversarial_loss(s, t, mean="sum")
 
 
 def test_entropy_weights(logits):

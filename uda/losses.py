@@ -133,6 +133,7 @@ def domain_adversarial_loss(
     target_logit: Tensor,
     source_weight: Tensor | None = None,
     target_weight: Tensor | None = None,
+    mean: Literal["weighted", "batch"] = "weighted",
 ) -> Tensor:
     """``1/2 [BCE(source, 1) + BCE(target, 0)]`` of a domain discriminator (Ganin et al., 2016).
 
@@ -140,8 +141,12 @@ def domain_adversarial_loss(
 
     Args:
         source_logit: logits ``[Bs]`` or ``[Bs, 1]``; target_logit: ``[Bt]`` or ``[Bt, 1]``.
-        source_weight: weights ``[Bs]`` of a weighted mean ``sum(w l) / sum(w)``; target_weight: ``[Bt]``.
+        source_weight: weights ``[Bs]``; target_weight: ``[Bt]``.
+        mean: of weighted samples: ``sum(w l) / sum(w)`` (``weighted``), or ``sum(w l) / B`` (``batch``), so that a
+            domain of small weights counts less.
     """
+    if mean not in ("weighted", "batch"):
+        raise UDAError(f"Unknown mean {mean!r} of the domain loss: use 'weighted' or 'batch'.")
 
     def half(logit: Tensor, label: float, weight: Tensor | None) -> Tensor:
         if logit.ndim > 1 and logit.shape[1:].numel() != 1:
@@ -151,6 +156,8 @@ def domain_adversarial_loss(
         if weight is None:
             return loss.mean()
         weight = _same_shape(weight, loss)
+        if mean == "batch":
+            return (weight * loss).mean()
         return (weight * loss).sum() / weight.sum().clamp_min(torch.finfo(loss.dtype).eps)
 
     with no_autocast(source_logit):

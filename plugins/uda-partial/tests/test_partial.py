@@ -98,6 +98,23 @@ def test_discriminators_and_selective_loss_by_loops():
         assert float(selective_loss(logits, domain, p, w).detach()) == pytest.approx(total / 6, rel=1e-6)
 
 
+@pytest.mark.parametrize("mean", ["batch", "both", "weighted"])
+def test_domain_objective_of_pada_by_loops(mean):
+    plugin = refreshed(PADA(weight=0.5, domain_mean=mean, **SMALL), torch.tensor([[1.0, 0.0, -2.0]]))
+    gamma = softmax(np.array([1.0, 0.0, -2.0])) / softmax(np.array([1.0, 0.0, -2.0])).max()
+    zs, zt, y = [0.3, -1.0, 2.0, 0.5], [0.7, -0.4, 1.5], [0, 2, 1, 2]
+    plugin.domain_logits = lambda step, source, target: (torch.tensor(zs), torch.tensor(zt))
+    step = SimpleNamespace(
+        pooled={"y": torch.tensor(y), "features": torch.zeros(4, 2)}.get,
+        target=SimpleNamespace(features=torch.zeros(3, 2)),
+    )
+    source = sum(gamma[c] * softplus(-z) for c, z in zip(y, zs, strict=True))
+    target, weights = sum(softplus(z) for z in zt) / 3, sum(gamma[c] for c in y)
+    halves = {"both": (source / 4, target * weights / 4), "weighted": (source / weights, target)}
+    halves["batch"] = (source / 4, target)
+    assert float(plugin.align_features(step)["domain"]) == pytest.approx(0.5 * sum(halves[mean]) / 2, rel=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------ what they do
 
 
@@ -169,7 +186,8 @@ def test_weights_differ_from_no_weights(quiet_trainer):
 def test_bad_arguments():
     for make in (
         lambda: ClassWeights(temperature=0.0), lambda: ClassWeights(normalise="l2"), lambda: ClassWeights(mean="all"),
-        lambda: PADA(warmup=1.5), lambda: SAN(entropy_weight=-1.0), lambda: SAN(dropout=1.0), lambda: BA3US(lent=2.0),
+        lambda: PADA(warmup=1.5), lambda: PADA(domain_mean="sum"), lambda: SAN(entropy_weight=-1.0),
+        lambda: SAN(dropout=1.0), lambda: BA3US(lent=2.0),
     ):  # fmt: skip
         with pytest.raises(uda.UDAError):
             make()

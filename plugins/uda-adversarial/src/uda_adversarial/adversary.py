@@ -83,7 +83,11 @@ class Adversary(uda.Plugin):
         target: Tensor,
         source_weight: Tensor | None = None,
         target_weight: Tensor | None = None,
+        mean: str = "weighted",
     ) -> Tensor:
-        """Discriminate ``source`` ``[Bs, D]`` (label 1) from ``target`` ``[Bt, D]`` (label 0) behind the reversal."""
+        """Discriminate ``source`` ``[Bs, D]`` (label 1) from ``target`` ``[Bt, D]`` (label 0) behind the reversal.
+
+        Weights ``[Bs]``, ``[Bt]`` and ``mean`` as in :func:`~uda.losses.domain_adversarial_loss`.
+        """
         logits = self.domain_logits(step, source, target)
-        return self.weight * domain_adversarial_loss(*logits, source_weight, target_weight)
+        return self.weight * domain_adversarial_loss(*logits, source_weight, target_weight, mean)
