@@ -130,6 +130,27 @@ def test_partners_take_part():
     assert report.passed == ["lifecycle", "liveness"]
 
 
+class MovesStatistics(uda.Plugin):
+    """Acts on BatchNorm alone, which the task's own networks lack where effects are looked for."""
+
+    @uda.hookimpl
+    def adapt(self, model, batch):
+        """Predictions by the batch's statistics."""
+        for m in model.backbone.modules():
+            if isinstance(m, torch.nn.BatchNorm1d):
+                m.train()
+        return model.head(model.bottleneck(model.backbone(batch.x)))
+
+
+def test_a_plugin_may_bring_its_network():
+    given = {"only": ["liveness"], "data_args": {"eval_batch_size": 8}}
+    with pytest.raises(CheckFailed, match="no effect on this task"):
+        check_plugin(MovesStatistics, **given)
+    made = []
+    check_plugin(MovesStatistics, backbone=lambda: made.append(uda.nn.MLP([8])) or made[-1], **given)
+    assert len({id(net) for net in made}) == len(made) > 2  # no run goes on with another's weights
+
+
 def test_random_numbers_of_the_caller_are_left_alone():
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
     expected = torch.rand(1), np.random.rand(), random.random()

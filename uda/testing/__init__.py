@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
+from torch import nn
+
 from uda.plugin import Plugin
 from uda.testing.bench import Bench, quiet
 from uda.testing.distributed import check_together
@@ -54,6 +56,7 @@ def check_plugin(
     liveness: bool = True,
     skip: dict[str, str] | None = None,
     only: Iterable[str] | None = None,
+    backbone: Callable[[], nn.Module] | None = None,
     model_args: dict[str, Any] | None = None,
     data_args: dict[str, Any] | None = None,
     precision_tolerance: float = 0.1,
@@ -72,6 +75,9 @@ def check_plugin(
         liveness: require that the plugin has an effect.
         skip: checks to leave out, with the reason.
         only: names of the checks to run; None: all of :data:`CHECKS`.
+        backbone: makes a fresh network of the same weights under the same random numbers, for a plugin that needs
+            layers which the task's own lack (``liveness`` runs without BatchNorm): ``partial(SmallCNN, 1, (4, 8))``.
+            With it samples may see each other in ``liveness``.
         model_args: further arguments of :class:`uda.UDA`, such as ``{"head": "cosine"}``.
         data_args: further arguments of :class:`uda.data.DataModule`, such as ``{"classes": {...}}``.
         precision_tolerance: how far an objective may be off in bfloat16, relative to one plus its size.
@@ -105,6 +111,7 @@ def check_plugin(
             sources,
             dict(model_args or {}),
             dict(data_args or {}),
+            backbone,
             folder,
         )
         for name in [n for n in CHECKS if n in chosen]:
@@ -124,7 +131,7 @@ def check_plugins_ddp(cases: Iterable[tuple[type[Plugin], Mapping[str, Any]]], t
 
     Args:
         cases: plugin class, and those arguments of :func:`check_plugin` that make the task: ``init_args``,
-            ``partners``, ``kind``, ``sources``, ``model_args``, ``data_args``.
+            ``partners``, ``kind``, ``sources``, ``backbone``, ``model_args``, ``data_args``.
         timeout: seconds for the start and one case; 30 more for each further one.
 
     Raises:

@@ -69,6 +69,7 @@ class Bench:
         partners: other plugins of the runs, in their plain form, called after the checked one.
         kind: kind of inputs; ``sources``: number of source domains.
         model_args: of :class:`uda.UDA`; ``data_args``: of :class:`uda.data.DataModule`.
+        backbone: makes the network of all runs, also of those without BatchNorm; None: a small one.
         folder: for checkpoints.
     """
 
@@ -79,6 +80,7 @@ class Bench:
     sources: int = 1
     model_args: dict[str, Any] = field(default_factory=dict)
     data_args: dict[str, Any] = field(default_factory=dict)
+    backbone: Callable[[], nn.Module] | None = None
     folder: str = field(default_factory=tempfile.gettempdir)
     hooks: list[str] = field(init=False)
 
@@ -117,11 +119,12 @@ class Bench:
             plugin = self.neutral() if without else self.plugin()
         plugins = {KEY: plugin, **{k: make_plugin(p) for k, p in self.partners.items()}}
         torch.manual_seed(2)  # what a plugin drew must not move the skeleton's weights
-        backbone: nn.Module = (
-            MLP([16], batch_norm=not plain) if self.kind == "features" else SmallCNN(1, (4, 8))
-        )
-        if plain and self.kind == "images":
-            backbone = MLP([16], batch_norm=False)
+        if self.backbone is not None:
+            backbone = self.backbone()
+        elif plain or self.kind == "features":
+            backbone = MLP([16], batch_norm=not plain)
+        else:
+            backbone = SmallCNN(1, (4, 8))
         given = {
             "bottleneck": 8,
             "bottleneck_norm": "layer" if plain else "batch",

@@ -222,7 +222,7 @@ def state_pointers(model: UDA) -> list[Tensor]:
 
 
 def _unsaved(bench: Bench) -> dict[str, Any]:
-    backbone = bench.model_args.get("backbone")
+    backbone = bench.backbone() if bench.backbone else bench.model_args.get("backbone")
     return {"backbone": backbone} if isinstance(backbone, torch.nn.Module) else {}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import lightning as L
 import pytest
 import torch
@@ -26,6 +28,16 @@ def test_lifecycle():
 ])  # fmt: skip
 def test_lifecycle_of_methods_with_teachers(given):
     check_plugin(TestTime, init_args=given, data_args={"eval_batch_size": 8}, ddp=False)
+
+
+@pytest.mark.slow
+def test_lifecycle_of_a_method_that_needs_batchnorm_over_positions():
+    arguments = {"lr": 0.05, "rate": 0.1, "capacity": 9, "every": 8, "epochs": 1, "batch_size": 16}
+    given = {"method": "NOTE", "arguments": arguments, "source_samples": 32}
+    check_plugin(
+        TestTime, init_args=given, kind="images", backbone=partial(uda.nn.SmallCNN, 1, (4, 8)),
+        data_args={"eval_batch_size": 8}, only=["lifecycle", "liveness", "checkpoint", "precision"],
+    )  # fmt: skip
 
 
 def test_same_as_the_adapter():
