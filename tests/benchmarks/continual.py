@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="stop between two sequences after so long")
     parser.add_argument("--suites", nargs="+", default=["pacs"], choices=list(SUITES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--orders", type=int, nargs="+", default=[0, 1, 2], help="of the suite, by number")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -97,7 +98,10 @@ def main() -> None:
     done = keys_of(args.ledger)
     for suite in args.suites:
         words, orders = SUITES[suite]
-        for order, seed, method in ((o, s, m) for o in orders for s in args.seeds for m in args.methods):
+        chosen = [order for i, order in enumerate(orders) if i in args.orders]
+        for order, seed, method in ((o, s, m) for o in chosen for s in args.seeds for m in args.methods):
+            if f"{suite}/{short(order)} TDA/{method}/{seed}" in done:
+                continue
             folder = args.cache / suite / short(order) / f"{method}_{seed}"
             if not (folder / "summary.json").is_file():
                 stop_in_time()

@@ -197,7 +197,7 @@ def digits_suite(folder: Path) -> Suite:
     return Suite(folder, "digits", resnet("batch", 1, 1), (x, torch.from_numpy(y)), shifts, 1000, 6)
 
 
-def mnist_suite(folder: Path) -> Suite:
+def mnist_suite(folder: Path, name: str = "mnist", usps_alone: bool = False) -> Suite:
     """Trained on 4,000 of MNIST; others of it, USPS, MNIST-M (its first four digits alone), at 28x28 gray.
 
     The file's rows are sorted by class, and its test rows of MNIST and MNIST-M hold its first classes only.
@@ -210,11 +210,12 @@ def mnist_suite(folder: Path) -> Suite:
 
         order = np.random.default_rng(0).permutation(len(f["mnist_train_y"]))
         x, y = gray(f["mnist_train_x"][order]), f["mnist_train_y"][order].astype(np.int64)
-        shifts = [Shift("mnist", x[4000:], y[4000:])]
-        shifts += [Shift(k, gray(f[f"{k}_train_x"]), f[f"{k}_train_y"].astype(np.int64)) for k in ("usps", "mnistm")]
+        others = [Shift(k, gray(f[f"{k}_train_x"]), f[f"{k}_train_y"].astype(np.int64)) for k in ("usps", "mnistm")]
+        shifts = others[:1] if usps_alone else [Shift("mnist", x[4000:], y[4000:]), *others]
     torch.manual_seed(0)
     net = resnet("batch", 2, 1)
-    return Suite(folder, "mnist", net, (x[:4000], torch.from_numpy(y[:4000])), shifts, 500, 4)
+    source = x[:4000], torch.from_numpy(y[:4000])
+    return Suite(folder, name, net, source, shifts, 2000 if usps_alone else 500, 4)
 
 
 def pacs_suite(folder: Path) -> Suite:
@@ -238,6 +239,7 @@ SUITES: dict[str, Callable[[Path], Suite]] = {
     "digits": digits_suite,
     "pacs_features": pacs_suite,
     "mnist": mnist_suite,
+    "usps": lambda folder: mnist_suite(folder, "usps", usps_alone=True),
     "cifar_bn": lambda folder: cifar_suite(folder, "cifar_bn", "batch"),
     "cifar_gn": lambda folder: cifar_suite(folder, "cifar_gn", "group"),
 }
@@ -305,7 +307,7 @@ def main() -> None:
             for size in args.batches:
                 for setting in args.settings:
                     for method in chosen:
-                        if suite == "digits" and setting == "reset":  # one shift: the same as continual
+                        if suite in ("digits", "usps") and setting == "reset":  # one shift: the same as continual
                             continue
                         if f"{suite}/{setting}/{size}/{method}/{seed}" in done:
                             continue
