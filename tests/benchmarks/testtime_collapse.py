@@ -69,7 +69,7 @@ class Scenario:
 
 SCENARIOS = {
     "batches": Scenario("pacs_features", 200, 16, 10, (1, 2, 5, 10), BATCHES, "10"),
-    "singles": Scenario("cifar_gn", 100, 1, 2, (1, 2), SINGLES, "singles"),
+    "singles": Scenario("cifar_gn", 50, 1, 2, (1, 2), SINGLES, "singles"),
 }
 
 
