@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from uda_testtime import Adapter, BNStatistics, Source
+from uda_testtime import SAR, TENT, Adapter, BNStatistics, Source
 from uda_testtime.adacontrast import AdaContrast
 from uda_testtime.becotta import BECoTTA
 from uda_testtime.core import Core
 from uda_testtime.cotta import CoTTA
-from uda_testtime.eata import EATA
+from uda_testtime.eata import EATA, ETA
 from uda_testtime.lsa import LSA
 from uda_testtime.memo import MEMO
 from uda_testtime.meta_dmoe import MetaDMoE
 from uda_testtime.note import NOTE
 from uda_testtime.petal import PETAL
+from uda_testtime.registry import methods
 from uda_testtime.rmt import RMT
 from uda_testtime.rna import RNA
 from uda_testtime.roid import ROID
@@ -27,6 +28,7 @@ from uda_testtime.vida import ViDA
 from uda.errors import UDAError
 
 LIVELY = [
+    TENT(lr=0.1), SAR(lr=0.1, margin=2.0), ETA(lr=0.1, margin=2.0, redundancy=2.0),
     EATA(beta=1.0, margin=2.0, redundancy=2.0), CoTTA(threshold=2.0, views=2, lr=0.1, momentum=0.9), ROID(lr=0.1),
     RMT(warmup=48, batch_size=24, lr=0.1), RoTTA(lr=0.1, capacity=9, every=10), MEMO(lr=0.1, views=3), Core(lr=0.1),
     SANTA(lr=0.1), PETAL(lr=0.1, views=2, threshold=2.0, batch_size=24, momentum=0.9),
@@ -39,6 +41,10 @@ LIVELY = [
 ]  # fmt: skip
 
 
+def test_no_method_is_left_out():
+    assert {type(m).__name__ for m in LIVELY} == {*methods()} - {"Source", "BNStatistics", "LAME"}  # nothing is learned
+
+
 @pytest.mark.parametrize("method", LIVELY, ids=lambda m: type(m).__name__)
 def test_reset_and_resume_are_exact_and_the_generator_is_the_own(method, tmp_path, net, batches, ready):
     net()  # seeds the global generator, as each call below
@@ -46,6 +52,9 @@ def test_reset_and_resume_are_exact_and_the_generator_is_the_own(method, tmp_pat
     a = ready(method)
     first = [a(x) for x in batches()]
     end = a.snapshot()
+    a.reset()
+    base = Adapter(net(), Source()) if isinstance(method, RNA) else a  # RNA adapts each sample, and nothing else
+    assert (base._plain(batches()[-1]) - first[-1]).abs().max() > 1e-6  # it does adapt
     a.reset()
     assert all(torch.equal(a(x), z) for x, z in zip(batches()[:2], first, strict=False))
     torch.save(a.snapshot(), tmp_path / "state.pt")
@@ -78,7 +87,7 @@ def test_reset_and_resume_are_exact_and_the_generator_is_the_own(method, tmp_pat
      (PETAL(lr=0, threshold=0), BNStatistics()), (AdaContrast(lr=0, statistics="source"), Source()),
      (ViDA(lr=0, adapter_lr=0, views=2, epochs=0), BNStatistics()), (ViDA(weight=0, views=2, epochs=0), BNStatistics()),
      (BECoTTA(lr=0, epochs=0), Source()), (BECoTTA(weight=0, epochs=0), Source()), (RNA(lr=0), Source()),
-     (MEMO(lr=0, views=2, source_weight=1.0), Source()),
+     (MEMO(lr=0, views=2, source_weight=1.0), Source()), (NOTE(lr=0, rate=0, epochs=0, every=10), Source()),
      (MetaDMoE(inner_lr=0, epochs=0, support=8, heads=3, expert_epochs=1, aggregator_epochs=0), Source())],
 )  # fmt: skip
 def test_without_effect_it_is_the_base_prediction(method, base, net, batches, ready):
