@@ -66,6 +66,15 @@ METHODS: dict[str, tuple[str, dict]] = {
     "becotta": ("BECoTTA", {}),
     "rna": ("RNA", {}),
 }
+#: Why a method comes to what it does: not among the default ones.
+CONTROLS: dict[str, tuple[str, dict]] = {
+    "cotta_no_views": ("CoTTA", {"threshold": 0.0}),
+    "note_no_training": ("NOTE", {"epochs": 0}),
+    "lsa_source_prior": ("LSA", {"method": "Source", "condition": "prior"}),
+    "vdp_source_0.01": ("VDP", {"lr": 1e-2, "source_weight": 1.0}),
+    "becotta_warm_up": ("BECoTTA", {"lr": 0.0}),
+    "rna_clean": ("RNA", {"domains": 1}),
+}
 #: Samples of each shift in streams that would take too long, by suite and batch size.
 SHORTER: dict[tuple[str, int], int] = {("digits", 1): 200, ("pacs_features", 1): 200, ("mnist", 1): 100}
 SETTINGS = ("reset", "continual", "correlated")
@@ -248,9 +257,14 @@ SUITES: dict[str, Callable[[Path], Suite]] = {
 # ---------------------------------------------------------------------------------------------------- walks
 
 
+def settings(method: str) -> tuple[str, dict]:
+    """Class name and arguments of a name in the tables."""
+    return {**METHODS, **CONTROLS}.get(method, (method, {}))
+
+
 def adapter_of(suite: Suite, method: str, seed: int, folder: Path) -> Adapter:
     """Made ready from a file, which is written at the first time, whatever the seed, for each set of arguments."""
-    name, arguments = METHODS.get(method, (method, {}))
+    name, arguments = settings(method)
     kind = method_class(name)
     if "flip" in inspect.signature(kind).parameters:
         arguments = {"flip": suite.mirrored, **arguments}
@@ -278,7 +292,7 @@ def walked(suite: Suite, method: str, setting: str, size: int, seed: int, folder
         "metrics": {next(iter(MEASURES)): {"last": round(1 - figures["oracle_shift_mean_error"] / 100, 6)}},
         "scores": {}, "seconds": round(time.perf_counter() - start, 3), "updates": figures["updates"],
         "rollbacks": figures["rollbacks"], "samples": figures["samples"],
-        "arguments": METHODS.get(method, (method, {}))[1],
+        "arguments": settings(method)[1],
         "by_shift": {k: round(1 - v / 100, 4) for k, v in figures["oracle_error_by_shift"].items()},
     }  # fmt: skip
 
