@@ -49,13 +49,23 @@ def remember(model: UDA, arguments: dict[str, Any]) -> None:
 
 
 def without_downloads(hparams: dict[str, Any]) -> dict[str, Any]:
-    """Hyperparameters whose backbone starts at random: the checkpoint holds its weights, so loading must fetch none."""
-    backbone = hparams.get("backbone")
-    if not isinstance(backbone, dict) or not isinstance(backbone.get("init_args"), dict):
-        return hparams
+    """Hyperparameters whose networks start at random, so that loading fetches none.
+
+    The checkpoint holds the weights of the backbone; a network among a plugin's arguments is the plugin's affair.
+    """
+    out = {**hparams, "backbone": _blank(hparams.get("backbone"))} if "backbone" in hparams else dict(hparams)
+    for key, entry in (hparams.get("plugins") or {}).items():
+        if isinstance(entry, dict) and isinstance(entry.get("init_args"), dict):
+            arguments = {k: _blank(v) for k, v in entry["init_args"].items()}
+            out["plugins"] = {**out["plugins"], key: {**entry, "init_args": arguments}}
+    return out
+
+
+def _blank(value: Any) -> Any:
+    if not (isinstance(value, dict) and "class_path" in value and isinstance(value.get("init_args"), dict)):
+        return value
     blank = {"pretrained": False, "weights": None}
-    arguments = {k: blank.get(k, v) for k, v in backbone["init_args"].items()}
-    return {**hparams, "backbone": {**backbone, "init_args": arguments}}
+    return {**value, "init_args": {k: blank.get(k, v) for k, v in value["init_args"].items()}}
 
 
 def plugin_keys(state: dict[str, Any]) -> set[str]:

@@ -7,6 +7,7 @@ the precision around them.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from uda.errors import UDAError
 from uda.nn.precision import full, no_autocast
+from uda.ranks import of_all_ranks
 
 Reduction = Literal["mean", "none"]
 
@@ -110,21 +112,30 @@ def mean_entropy(logits: Tensor) -> Tensor:
     return entropy(logits).mean()
 
 
-def log_mean_probs(logits: Tensor) -> Tensor:
-    """``log mean_b softmax(z_b)_c``, ``[B, C] -> [C]``: the mean prediction, whose small entries keep their digits."""
+def log_mean_probs(logits: Tensor, over_ranks: bool = False) -> Tensor:
+    """``log mean_b softmax(z_b)_c``, ``[B, C] -> [C]``: the mean prediction, whose small entries keep their digits.
+
+    Args:
+        over_ranks: over the batches of all processes, which must then all call it; see
+            :func:`~uda.ranks.of_all_ranks`.
+    """
     with no_autocast(logits):
         log_p = full(logits).log_softmax(1)
-        return log_p.logsumexp(0) - torch.log(log_p.new_tensor(len(log_p)))
+        log_mean = log_p.logsumexp(0) - math.log(len(log_p))
+        if not over_ranks:
+            return log_mean
+        every = of_all_ranks(log_mean)
+        return every.logsumexp(0) - math.log(len(every))
 
 
-def information_maximisation(logits: Tensor) -> Tensor:
+def information_maximisation(logits: Tensor, over_ranks: bool = False) -> Tensor:
     """Mutual information of sample and class, ``H(mean_i p_i) - mean_i H(p_i)``, in [0, log C].
 
     To be *maximised*: certain predictions that use all classes (Krause et al., 2010; SHOT: Liang et al.,
-    2020, eq. 4 and 5). The loss is its negative.
+    2020, eq. 4 and 5). The loss is its negative. ``over_ranks`` as in :func:`log_mean_probs`.
     """
     with no_autocast(logits):
-        log_mean = log_mean_probs(logits)
+        log_mean = log_mean_probs(logits, over_ranks)
         return -(log_mean.exp() * log_mean).sum() - mean_entropy(logits)
 
 

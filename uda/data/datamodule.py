@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import CombinedLoader
 from uda.data.batches import BadImageLog, Request
 from uda.data.checks import check_batches, check_settings
 from uda.data.classes import ClassSplit
-from uda.data.default_views import default_views
 from uda.data.feeds import Feeds
 from uda.data.imbalance import check_keep
 from uda.data.known import KnownDomains
@@ -224,14 +223,12 @@ class DataModule(KnownDomains, L.LightningDataModule):
 
     @property
     def _feeds(self) -> Feeds:
-        if self.views is None:
-            self.views = default_views([p.data for p in self.task.all()])
         trainer, pin = self.trainer, self.pin_memory
         if pin is None:
             pin = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return Feeds(
             self.task,
-            self.views,
+            self.transforms,
             self.seed,
             rank=trainer.global_rank if trainer is not None else 0,
             world=trainer.world_size if trainer is not None else 1,

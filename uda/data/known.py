@@ -11,10 +11,12 @@ from torch import LongTensor
 from uda.data.batches import Request
 from uda.data.checks import check_domains, check_shapes
 from uda.data.classes import ClassSplit
+from uda.data.default_views import default_views
 from uda.data.feeds import Feeds
 from uda.data.labelled import with_labelled_target
 from uda.data.pools import DomainPools, Task, make_task
 from uda.data.readers import Reader
+from uda.data.views import Views
 from uda.errors import UDAError
 
 
@@ -35,6 +37,7 @@ class KnownDomains:
     source_val_fraction: float
     target_test_fraction: float
     sampling: str
+    views: Views | None
     _feeds: Feeds
     _setting: str | None
     _seed: int | None
@@ -87,6 +90,13 @@ class KnownDomains:
     def class_names(self) -> list[str]:
         """Class names of the sources in id order."""
         return list(self.task.space.class_names)
+
+    @property
+    def transforms(self) -> Views:
+        """The run's views, those by kind of input where none are given."""
+        if self.views is None:
+            self.views = default_views([p.data for p in self.task.all()])
+        return self.views
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:

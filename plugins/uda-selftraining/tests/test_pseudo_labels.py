@@ -9,13 +9,10 @@ import numpy as np
 import pytest
 import torch
 from uda_selftraining import FixMatch, PseudoLabel, SelfTraining
-from uda_selftraining.pseudo_label import (
-    confident_labels,
-    most_confident_of_each_class,
-    pseudo_cross_entropy,
-)
+from uda_selftraining.pseudo_label import confident_labels, most_confident_of_each_class
 
 import uda
+from uda.pseudo import pseudo_cross_entropy
 from uda.testing import check_plugin
 
 

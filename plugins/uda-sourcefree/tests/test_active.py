@@ -206,12 +206,49 @@ def test_round_trip_by_file(tmp_path):
         fit(LFTL(8, People(str(file)), rounds=2))
 
 
+HEAD, ONE = "id,round,label\r\n", "t/1,0,a\r\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("\ufeff" + HEAD + ONE, {"t/1": "a"}),  # as a spreadsheet saves it
+        (HEAD + "t/1,0.0, a \r\n,,\r\n\r\n", {"t/1": "a"}),
+        (HEAD + ONE + "t/1,0,\r\n", {"t/1": "a"}),  # a line twice
+        (HEAD + "t/1,0,b\r\n" + ONE, "'t/1' two labels, 'b' and 'a'"),
+        (HEAD + "t/1,,a\r\n", "round '' for 't/1'"),
+        (HEAD.replace(",", ";") + ONE, "separated by commas"),
+        ((HEAD + ONE).encode() + b"\xe9", "CSV in UTF-8"),
+    ],
+)
+def test_a_file_as_people_leave_it(tmp_path, text, found):
+    file = tmp_path / "queries.csv"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if isinstance(found, dict):
+        assert People(str(file)).answer(list(found), 0, "ab") == found
+    else:
+        with pytest.raises(uda.UDAError, match=found):
+            People(str(file)).asked(0)
+
+
+def test_later_rounds_begin_a_line_of_their_own(tmp_path):
+    """Whatever the last line of an edited file ends with."""
+    (tmp_path / "q.csv").write_text((HEAD + ONE).strip())
+    oracle = People(str(tmp_path / "q.csv"))
+    with pytest.raises(LabelsWanted, match="1 samples"):
+        oracle.answer(["t/2"], 1, "ab")
+    assert oracle.asked(0) == ["t/1"]
+    assert oracle.asked(1) == ["t/2"]
+    assert class_ids({"t/1": "1.0"}, ["t/1"], ["a", "b"], "People") == [1]
+
+
 def test_bad_input(labels, tmp_path):
     for message, make in {
         "oracle is missing": lambda: LFTL(5),
         "is no oracle": lambda: LFTL(5, {"class_path": "Peeple"}),
         "unexpected keyword": lambda: make_oracle({"class_path": "People", "init_args": {"fle": "x"}}),
         "budget is a share": lambda: LFTL(1.5, Known()),
+        "budget is a share in": lambda: LFTL(float("inf"), Known()),
         "sampling 'best'": lambda: LFTL(5, Known(), sampling="best"),
         "momentum": lambda: LFTL(5, Known(), momentum=0.0),
         "49 labels, but the target has 48": lambda: fit(LFTL(49, Known(), rounds=1)),

@@ -125,9 +125,20 @@ def test_bad_input(source, tmp_path):
 
 
 def test_command(source, tmp_path, capsys):
+    """It says what is in the file: the preprocessing too, which a run that names none takes from its data."""
     path, _, _ = source(48)
     assert main(["export-source", path, "-o", str(tmp_path / "h.pt")]) == 0
-    assert "No sample of the source" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "No sample of the source" in said
+    assert "; no preprocessing." in said  # no config is at hand
+    x, y = np.zeros((20, 8, 8)), np.zeros(20)
+    np.savez(tmp_path / "d.npz", a_x=x, a_y=y, b_x=x, b_y=y)
+    reader = f"{{class_path: Arrays, init_args: {{path: {tmp_path / 'd.npz'}, kind: images}}}}"
+    (tmp_path / "c.yaml").write_text(f"data: {{reader: {reader}, source: a, target: b}}\n")
+    assert main(["export-source", path, "-o", str(tmp_path / "c.pt"), "--config", str(tmp_path / "c.yaml")]) == 0
+    assert "domains; preprocessing." in capsys.readouterr().out
+    file = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert file["preprocessing"]["class_path"] == "uda.data.tensor_views.TensorViews"
 
 
 def test_commands_of_the_page(source, tmp_path, capsys):

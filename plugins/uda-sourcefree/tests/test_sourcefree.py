@@ -20,6 +20,7 @@ from uda_sourcefree.shot import centroid_labels
 from uda_sourcefree.shot_plus import sharpened, sure_share
 
 import uda
+from uda.checkpointing import without_downloads
 from uda.cli import main
 from uda.images import rotate
 from uda.testing import TinyTask, check_plugin, check_plugins_ddp
@@ -304,6 +305,47 @@ def test_the_target_improves_without_the_source(handed_over, name):
     assert not torch.equal(start["bottleneck.net.0.weight"], end["bottleneck.net.0.weight"])
 
 
+class Labels(uda.Plugin):
+    """Soft labels with weights, for some of the batch."""
+
+    @uda.hookimpl
+    def pseudo_label(self, step):
+        b = len(step.target)
+        soft = torch.tensor([[0.7, 0.2, 0.1]]).roll(1, 1).expand(b, 3)
+        return uda.PseudoLabels(soft.argmax(1), torch.linspace(0.1, 1, b), soft, torch.arange(b) % 2 == 0)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "name", "scale"),
+    [
+        (SHOT(label_weight=0.5, entropy_weight=0.0), "labels", 0.5), (GLC(label_weight=0.5), "labels", 0.5),
+        (NOTELA(3, dropout=0.0, trainable="all"), "student", 1.0),
+    ],
+)  # fmt: skip
+def test_labels_of_another_plugin_count_as_they_say(plugin, name, scale):
+    """Distributions, weights and masks; by the equation."""
+    torch.manual_seed(0)
+    model = uda.UDA("identity", {"pseudo": Labels(), "refine": plugin}, bottleneck=0, num_classes=3, input_shape=[4],
+                    sizes={"target": 9})  # fmt: skip
+    step = uda.Step(model, {"target": {"x": torch.randn(6, 4), "index": torch.arange(6)}}, 0.5, 0, 0)
+    uda.objectives.collect(model, step)
+    found = step.objectives
+    log_p, pseudo = step.target.logits.detach().log_softmax(1), step.target.pseudo
+    value = sum(-float(pseudo.weight[i] * (pseudo.soft[i] * log_p[i]).sum()) for i in (0, 2, 4)) / 6
+    assert float(found[f"refine/{name}"].detach()) == pytest.approx(scale * value, rel=1e-5)
+
+
+def test_notela_leaves_alone_what_other_plugins_bring():
+    class Head(uda.Plugin):
+        @uda.hookimpl
+        def build(self, model):
+            self.net = torch.nn.Linear(2, 2)
+
+    model = uda.UDA("identity", {"other": Head(), "refine": NOTELA(3)}, bottleneck=4, num_classes=3, input_shape=[4])
+    assert all(p.requires_grad for p in model.plugins["other"].parameters())
+    assert not model.head.linear.weight.requires_grad
+
+
 def test_a_checkpoint_of_other_classes_is_refused(handed_over, capsys):
     place, _ = handed_over
     words = ["--data.classes={known: ['0', '1', '2']}"]
@@ -323,6 +365,23 @@ def test_an_aligner_beside_it_is_refused(handed_over):
     data = uda.DataModule(uda.data.Arrays(str(place / "target.npz"), kind="features"), None, "b", batch_size=16)
     with pytest.raises(uda.UDAError, match=r"'align' \(Aligner\) aligns .* 'refine' \(SHOT\) makes"):
         L.Trainer(max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False).fit(model, data)
+
+
+def test_colearn_needs_its_pretrained_network():
+    """A name that starts at random is refused; a checkpoint fetches no weights, and tells another network."""
+    with pytest.raises(uda.UDAError, match="'timm:resnet18' starts at random"):
+        CoLearn("timm:resnet18")
+    spec = {"class_path": "uda.nn.Timm", "init_args": {"name": "resnet18", "pretrained": True}}
+    pseudo = {"class_path": "CoLearn", "init_args": {"network": spec, "weight": 0.5}}
+    kept = without_downloads({"plugins": {"pseudo": pseudo, "b": "SHOT"}})["plugins"]
+    assert kept["pseudo"]["init_args"]["network"]["init_args"] == {"name": "resnet18", "pretrained": False}
+    assert kept["pseudo"]["init_args"]["weight"] == 0.5
+    assert kept["b"] == "SHOT"
+    plugin = CoLearn(Second())
+    model = uda.UDA("identity", {"pseudo": plugin}, bottleneck=8, num_classes=3, input_shape=[6], sizes={"target": 9})
+    plugin.check.fill_(7)
+    with pytest.raises(uda.UDAError, match="another than that of the checkpoint"):
+        plugin._features(model)
 
 
 def test_bad_arguments():

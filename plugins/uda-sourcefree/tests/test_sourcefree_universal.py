@@ -142,21 +142,31 @@ import torch
 import uda
 from uda.testing import TinyTask
 
+CASES = {
+    "GLC": {"neighbours": 3, "target_classes": 3, "label_weight": 1.0}, "SHOT": {}, "AaD": {"neighbours": 3},
+    "NRC": {"neighbours": 3, "expanded": 2}, "NOTELA": {"neighbours": 3, "trainable": "all", "dropout": 0.0},
+    "CoLearn": {"threshold": 0.6},
+}
+
 def run(processes, out):
-    torch.manual_seed(0)
-    data = uda.DataModule(TinyTask(), target="target", batch_size=16 // processes, epoch_steps=3, seed=1)
-    plugin = {"class_path": "GLC", "init_args": {"neighbours": 3, "target_classes": 3, "label_weight": 1.0}}
-    model = uda.UDA(
-        uda.nn.MLP([8], batch_norm=False), {"refine": plugin}, bottleneck=8, bottleneck_norm="layer", scores=[],
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.1), schedule=uda.optim.Constant(),
-    )
-    trainer = L.Trainer(
-        max_epochs=2, limit_val_batches=0, num_sanity_val_steps=0, accelerator="cpu", devices=processes,
-        strategy="ddp" if processes > 1 else "auto", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )
-    trainer.fit(model, data)
-    torch.save(model.state_dict(), f"{out}{trainer.global_rank}.pt")
+    found = {}
+    for name, given in CASES.items():
+        torch.manual_seed(0)
+        data = uda.DataModule(TinyTask(), target="target", batch_size=16 // processes, epoch_steps=3, seed=1)
+        model = uda.UDA(
+            uda.nn.MLP([8], batch_norm=False), {"refine": {"class_path": name, "init_args": given}}, bottleneck=8,
+            bottleneck_norm="layer", scores=[], optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            schedule=uda.optim.Constant(),
+        )
+        trainer = L.Trainer(
+            max_epochs=2, limit_val_batches=0, num_sanity_val_steps=0, accelerator="cpu", devices=processes,
+            strategy="ddp" if processes > 1 else "auto", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )
+        trainer.fit(model, data)
+        found |= {f"{name}/{k}": v.clone() for k, v in model.state_dict().items()}
+        rank = trainer.global_rank
+    torch.save(found, f"{out}{rank}.pt")
 
 if __name__ == "__main__":
     run(int(sys.argv[1]), sys.argv[2])
@@ -170,7 +180,7 @@ def test_two_processes_train_as_one_with_the_batch_of_both(tmp_path):
     for processes in (1, 2):
         command = [sys.executable, str(tmp_path / "run.py"), str(processes), str(tmp_path / f"of{processes}-")]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
     one, first, second = (torch.load(tmp_path / f, weights_only=True) for f in ("of1-0.pt", "of2-0.pt", "of2-1.pt"))
     for k, v in one.items():

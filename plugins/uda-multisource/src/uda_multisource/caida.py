@@ -66,7 +66,7 @@ def class_relations(logits: Tensor, labels: Tensor) -> Tensor:
         p, present = log_p.exp(), (count > 0).to(log_p.dtype)
         own = (p * log_p).sum(2)  # [K, M]
         divergence = own[:, :, None] - torch.einsum("kmc,knc->kmn", p, log_p)
-        return (divergence.sum((1, 2)) * present).sum() / present.sum() / logits.shape[1]
+        return (divergence.sum((1, 2)) * present).sum() / present.sum().clamp_min(1) / logits.shape[1]
 
 
 class CAiDA(LabelledExperts):
@@ -112,6 +112,7 @@ class CAiDA(LabelledExperts):
         """Labels, information and relations."""
         found = super().refine_classifier(step)
         if self.relation_weight:
-            each = step.model.head.each(step.target.features)
-            found["relations"] = self.relation_weight * class_relations(each, step.target.pseudo.y)
+            each, pseudo = step.model.head.each(step.target.features), step.target.pseudo
+            some = slice(None) if pseudo.keep is None else pseudo.keep
+            found["relations"] = self.relation_weight * class_relations(each[some], pseudo.y[some])
         return found

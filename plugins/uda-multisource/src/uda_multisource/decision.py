@@ -11,8 +11,9 @@ from uda_sourcefree.shot import centroids
 
 import uda
 from uda.kernels import squared_distances
-from uda.losses import classification_loss, log_mean_probs, mean_entropy
+from uda.losses import log_mean_probs, mean_entropy
 from uda.nn import full
+from uda.pseudo import pseudo_cross_entropy
 from uda_multisource.experts import Experts
 
 
@@ -83,11 +84,11 @@ class LabelledExperts(Experts, ABC):
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
         """Labels and information."""
         logits = step.target.logits
-        log_mean = log_mean_probs(logits)
+        log_mean = log_mean_probs(logits, over_ranks=True)
         information = mean_entropy(logits) + (log_mean.exp() * log_mean).sum()
         self.log_later(**{f"weight_{i}": w for i, w in enumerate(step.model.head.weights.detach())})
         return {
-            "labels": self.label_weight * classification_loss(logits, step.target.pseudo.y),
+            "labels": self.label_weight * pseudo_cross_entropy(logits, step.target.pseudo),
             "information": self.entropy_weight * information,
         }
 

@@ -154,7 +154,8 @@ class MSFDA(Experts):
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
         """Labels, mixed samples and information of each expert, and the domain objective."""
         model, target = step.model, step.target
-        y, mask, features = target.pseudo.y, target.pseudo.keep.float(), target.features
+        y, keep, features = target.pseudo.y, target.pseudo.keep, target.features
+        mask = torch.ones_like(y, dtype=torch.float32) if keep is None else keep.float()
         each = model.head.each(features)
         found = {
             "labels": self.label_weight * self.supervised(each, y, mask),

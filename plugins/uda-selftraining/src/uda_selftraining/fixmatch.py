@@ -9,7 +9,8 @@ from torch import Tensor
 
 import uda
 from uda.nn import ramp as ramp_factor
-from uda_selftraining.pseudo_label import confident_labels, pseudo_cross_entropy
+from uda.pseudo import pseudo_cross_entropy
+from uda_selftraining.pseudo_label import confident_labels
 
 
 class FixMatch(uda.Plugin):

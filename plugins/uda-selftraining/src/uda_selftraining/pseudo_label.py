@@ -9,9 +9,9 @@ from torch import Tensor
 
 import uda
 from uda.errors import check_choice
-from uda.losses import classification_loss
 from uda.nn import full, no_autocast
 from uda.nn import ramp as ramp_factor
+from uda.pseudo import pseudo_cross_entropy
 
 VIEWS = ("x", "weak", "strong")
 
@@ -47,26 +47,6 @@ def most_confident_of_each_class(confidence: Tensor, y: Tensor, share: float) ->
     keep = torch.zeros_like(y, dtype=torch.bool)
     keep[order] = place < allowed[y[order]]
     return keep
-
-
-def pseudo_cross_entropy(logits: Tensor, pseudo: uda.PseudoLabels, mean: str = "batch") -> Tensor:
-    """Cross-entropy on pseudo-labels, weighted and masked as they say.
-
-    ``sum_i m_i w_i CE(z_i, y_i) / n`` with ``m`` = ``keep``, ``w`` = ``weight``, and ``y`` the distribution ``soft``
-    where there is one. ``n`` is the batch size B (FixMatch: Sohn et al. 2020, equation 4: few sure samples give a
-    small loss) or, for ``mean="kept"``, the number of samples that are kept.
-
-    Args:
-        logits: ``[B, C]``; pseudo: labels of the same samples.
-    """
-    target = pseudo.y if pseudo.soft is None else pseudo.soft
-    losses = classification_loss(logits, target, reduction="none")
-    if pseudo.weight is not None:
-        losses = losses * pseudo.weight.to(losses.dtype)
-    if pseudo.keep is None:
-        return losses.mean()
-    losses = losses * pseudo.keep.to(losses.dtype)
-    return losses.mean() if mean == "batch" else losses.sum() / pseudo.keep.sum().clamp_min(1)
 
 
 class PseudoLabel(uda.Plugin):
@@ -164,7 +144,8 @@ class PseudoLabel(uda.Plugin):
 
 
 class SelfTraining(uda.Plugin):
-    """Cross-entropy of the target on its pseudo-labels, whichever plugin gave them; see :func:`pseudo_cross_entropy`.
+    """Cross-entropy of the target on its pseudo-labels, whichever plugin gave them; see
+    :func:`~uda.pseudo.pseudo_cross_entropy`.
 
     Args:
         weight: of the objective.

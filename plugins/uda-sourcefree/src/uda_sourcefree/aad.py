@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 import uda
+from uda.ranks import of_all_ranks
 from uda_sourcefree.neighbours import NeighbourMemory
 from uda_sourcefree.nrc import neighbour_agreement
 
 
 def dispersion(probs: Tensor) -> Tensor:
-    """``mean_i sum_{m != i} p_i . p_m`` over a batch ``[B, C]``; grows with the size of the batch."""
-    total = probs.sum(0)
-    return ((probs * total).sum() - probs.square().sum()) / len(probs)
+    """``mean_i sum_{m != i} p_i . p_m`` over the batches ``[B, C]`` of all processes; grows with their size."""
+    sums = of_all_ranks(torch.cat([probs.sum(0), probs.square().sum()[None]]))
+    total = sums.sum(0)
+    return (total[:-1].square().sum() - total[-1]) / (len(sums) * len(probs))
 
 
 class AaD(NeighbourMemory):
@@ -26,8 +29,8 @@ class AaD(NeighbourMemory):
 
     Args:
         neighbours: K; beta: decay of the dispersion. Published: 5 and 5 on VisDA, 3 and 0 on Office-Home and Office-31.
-        disperse: factor of lambda. The paper sums over a batch of 64: in other batches the same strength is
-            ``63 / (B - 1)`` of it.
+        disperse: factor of lambda. The paper sums over a batch of 64: in other batches, of all processes together, the
+            same strength is ``63 / (B - 1)`` of it.
     """
 
     settings = ("closed", "source-free")

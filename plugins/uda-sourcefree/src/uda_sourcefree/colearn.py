@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +14,7 @@ from uda.data import Views
 from uda.losses import class_distributions, classification_loss
 from uda.nn import full, make_backbone, no_autocast
 from uda.passes import map_pool
+from uda.pseudo import mean_of_kept
 
 
 @torch.no_grad()
@@ -60,8 +62,9 @@ class CoLearn(uda.Plugin):
     model: ``model.init_from``.
 
     Args:
-        network: the second network: an ``nn.Module`` giving features, or its name as in ``model.backbone``. Pretrained
-            weights are the module's own affair. ``identity``: inputs are its features already.
+        network: the second network: an ``nn.Module`` giving features, with its pretrained weights, or one of the names
+            of ``model.backbone`` that have any (``efficientnet-lite0``). ``identity``: inputs are its features already.
+            No checkpoint holds it: a model that is loaded from one predicts without it, and training asks for it again.
         views: its own transforms (their test view), where it wants another size or normalisation; None: the run's.
         threshold: gamma; published: 0.5 on Office-31 and Office-Home, 0.1 on VisDA.
         temperature: of the cosines.
@@ -77,6 +80,7 @@ class CoLearn(uda.Plugin):
     }  # fmt: skip
     labels: Tensor
     kept: Tensor
+    check: Tensor
 
     def __init__(
         self,
@@ -93,6 +97,11 @@ class CoLearn(uda.Plugin):
             raise uda.UDAError("CoLearn: threshold in [0, 1], temperature above 0, and weight not negative.")
         if centroids not in ("labels", "probabilities"):
             raise uda.UDAError("CoLearn: centroids is 'labels' or 'probabilities'.")
+        if isinstance(network, str) and network != "identity" and not network.startswith("efficientnet-lite"):
+            raise uda.UDAError(
+                f"CoLearn: a network {network!r} starts at random, and is to be a pretrained one: name a class with "
+                "its weights, as network: {class_path: uda.nn.Timm, init_args: {name: resnet50, pretrained: true}}."
+            )
         # in a list: the network never changes, so that no checkpoint and no optimiser needs it
         self._network = [make_backbone(network).requires_grad_(False).eval()]
         self.views, self.threshold, self.temperature = views, threshold, temperature
@@ -112,6 +121,7 @@ class CoLearn(uda.Plugin):
             size = max(model.sizes.get(model.target_name, 0), 1)
             self.register_buffer("labels", torch.full((size,), -1))
             self.register_buffer("kept", torch.zeros(size, dtype=torch.bool))
+            self.register_buffer("check", torch.zeros((), dtype=torch.long))  # of the second network's weights
 
     @uda.hookimpl
     def refresh(self, model: uda.UDA, bank: uda.Pools) -> None:
@@ -129,7 +139,17 @@ class CoLearn(uda.Plugin):
         self.log_later(labelled=kept.float().mean(), agree=(probs.argmax(1) == second.argmax(1)).float().mean())
 
     def _features(self, model: uda.UDA) -> Tensor:
-        network = self._network[0].to(model.device)
+        network = self._network[0]
+        check = 0
+        for value in network.state_dict().values():
+            check = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), check)
+        if int(self.check) not in (0, check):
+            raise uda.UDAError(
+                "CoLearn: the second network is another than that of the checkpoint, which holds no weights of it: "
+                "give network with the same pretrained weights."
+            )
+        self.check.fill_(check)
+        network.to(model.device)
         return map_pool(model, model.target_name, lambda x: network(x).flatten(1).float(), self.views)
 
     @uda.hookimpl
@@ -141,6 +161,6 @@ class CoLearn(uda.Plugin):
     @uda.hookimpl
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
         """Cross-entropy over the labelled samples; 0 in a batch without any."""
-        kept = self.kept[step.target.index].float()
-        loss = classification_loss(step.target.logits, self.labels[step.target.index], reduction="none")
-        return {"labels": self.weight * (kept * loss).sum() / kept.sum().clamp(min=1)}
+        index = step.target.index
+        loss = classification_loss(step.target.logits, self.labels[index], reduction="none")
+        return {"labels": self.weight * mean_of_kept(loss, self.kept[index])}

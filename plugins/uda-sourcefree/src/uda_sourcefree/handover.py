@@ -45,8 +45,10 @@ def main(argv: list[str]) -> int:
     if not config.is_file() and (args.statistics or args.config):
         raise UDAError(f"--config {config}: no such file; --statistics needs that of the source's run.")
     views = (yaml.safe_load(config.read_text()).get("data") or {}).get("views") if config.is_file() else None
-    data = built(["--config", str(config)], "identity")[1] if args.statistics else None
-    file = handover(args.checkpoint, data, views, args.least)
+    if args.statistics or (config.is_file() and views is None):
+        data = built(["--config", str(config)], "identity")[1]
+        views = views or default_preprocessing(data)
+    file = handover(args.checkpoint, data if args.statistics else None, views, args.least)
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(file, out)
     print(f"{out}\n{file['contains']}")
@@ -91,7 +93,8 @@ def handover(path: str, data: DataModule | None = None, views: Any = None, least
         "state_dict": {k: v.clone() for k, v in state.items() if k.split(".")[0] in PARTS},
         "preprocessing": views,
     }
-    said = "Weights and running statistics of backbone, bottleneck and head; architecture; class names; preprocessing."
+    said = "Weights and running statistics of backbone, bottleneck and head; architecture; names of classes and domains"
+    said += f"; {'no ' if views is None else ''}preprocessing."
     if data is not None:
         from uda.commands.inspect import loaded
 
@@ -99,6 +102,16 @@ def handover(path: str, data: DataModule | None = None, views: Any = None, least
         said += " Mean and covariance of the features of each class, over training samples that are classified as it."
     out["contains"] = said + " No sample of the source, no feature, score or label of one, no optimiser state."
     return out
+
+
+def default_preprocessing(data: DataModule) -> dict[str, Any] | None:
+    """The transforms of a run that names none, which follow its data; None where these are not at hand."""
+    from uda.described import describe
+
+    try:
+        return describe(data.transforms)
+    except UDAError:
+        return None
 
 
 def statistics(model: UDA, data: DataModule, least: int = 10) -> dict[str, Tensor]:

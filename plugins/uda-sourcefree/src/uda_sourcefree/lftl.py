@@ -73,7 +73,8 @@ class LFTL(uda.Plugin):
         self.oracle = make_oracle(oracle)
         if sampling not in SAMPLING:
             raise uda.UDAError(f"LFTL: sampling {sampling!r} is none of {', '.join(SAMPLING)}.")
-        if budget <= 0 or (budget > 1 and budget != int(budget)) or rounds < 1 or confident < 1:
+        whole = budget <= 1 or float(budget).is_integer()  # no number and infinity are neither
+        if not (budget > 0 and whole) or rounds < 1 or confident < 1:
             raise uda.UDAError("LFTL: budget is a share in (0, 1) or a number of samples; rounds, confident 1 or more.")
         if min(strength, balance, entropy_weight, persistence_weight, mixup) < 0 or alpha <= 0 or not 0 < momentum <= 1:
             raise uda.UDAError("LFTL: weights must not be negative, alpha must be positive, momentum in (0, 1].")
@@ -178,7 +179,8 @@ class LFTL(uda.Plugin):
                 if len(asked) != len(rows) or set(map(place.get, asked)) & set(self.chosen.tolist()):
                     raise uda.UDAError(
                         f"LFTL: round {turn} asks for {len(rows)} new samples, the oracle was asked for {len(asked)} "
-                        "by a run with another budget or other rounds: name another file, or give the same settings."
+                        "by a run with another budget or other rounds, or lines are lost: give the same settings, or "
+                        "name another file."
                     )
                 rows = [place[i] for i in asked]
             ids = [names[i] for i in rows]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import uda
-from uda.losses import classification_loss, multi_label_loss
 from uda.nn import full, no_autocast
+from uda.pseudo import pseudo_cross_entropy
 from uda_sourcefree.neighbours import NeighbourMemory, nearest
 
 
@@ -104,10 +104,13 @@ class NOTELA(NeighbourMemory):
         """
         super().build(model)
         if self.trainable == "batch_norm":
-            norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.affine]
+            network = [model.backbone, model.bottleneck, model.head]  # what other plugins bring is theirs
+            norms = [m for part in network for m in part.modules() if isinstance(m, _BatchNorm) and m.affine]
             if not norms:
                 raise uda.UDAError("NOTELA: the model has no BatchNorm to train. Set trainable: all.")
-            _freeze_all_but(model, norms)
+            kept = {id(p) for m in norms for p in m.parameters(recurse=False)}
+            for p in (p for part in network for p in part.parameters()):
+                p.requires_grad_(id(p) in kept)
         if self.mode == "offline" and "labels" not in self._buffers:
             self.register_buffer("labels", torch.zeros(len(self.memory.probs), model.num_classes))
 
@@ -158,12 +161,5 @@ class NOTELA(NeighbourMemory):
     @uda.hookimpl
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
         """The student, under dropout."""
-        logits, labels = step.model.head(F.dropout(step.target.features, self.dropout)), step.target.pseudo
-        loss = multi_label_loss if self.multi_label else classification_loss
-        return {"student": loss(logits, labels.y if labels.soft is None else labels.soft)}
-
-
-def _freeze_all_but(model: nn.Module, kept: list[nn.Module]) -> None:
-    keep = {id(p) for m in kept for p in m.parameters(recurse=False)}
-    for p in model.parameters():
-        p.requires_grad_(id(p) in keep)
+        logits = step.model.head(F.dropout(step.target.features, self.dropout))
+        return {"student": pseudo_cross_entropy(logits, step.target.pseudo, multi_label=self.multi_label)}

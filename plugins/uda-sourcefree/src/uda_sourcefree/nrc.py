@@ -62,7 +62,7 @@ class NRC(NeighbourMemory):
         flat = near.flatten()
         wider = nearest(memory.features[flat], memory.features, self.expanded, flat).view(b, self.neighbours, -1)
         affinity = reciprocity(near, wider, step.target.index, self.low)
-        log_mean = log_mean_probs(step.target.logits)
+        log_mean = log_mean_probs(step.target.logits, over_ranks=True)
         self.log_later(reciprocal=(affinity == 1).float().mean())
         return {
             "neighbours": neighbour_agreement(probs, memory.probs[near], affinity),

@@ -49,7 +49,7 @@ class SimulatedOracle(Oracle):
     def answer(self, ids: Sequence[str], turn: int, class_names: Sequence[str]) -> dict[str, str]:
         """The file's labels of ``ids``."""
         wanted = set(ids)
-        found = {row["id"]: row["label"].strip() for row in _rows(self.labels, ("id", "label")) if row["id"] in wanted}
+        found = _labels([row for row in _rows(self.labels, ("id", "label")) if row["id"] in wanted], self.labels)
         if lacking := [i for i in ids if not found.get(i)]:
             raise UDAError(f"SimulatedOracle: {self.labels} lacks labels: {len(lacking)}, {lacking[0]!r} first.")
         return found
@@ -70,8 +70,11 @@ class People(Oracle):
     def _round(self, turn: int) -> dict[str, str]:
         if not Path(self.file).exists():
             return {}
-        rows = _rows(self.file, COLUMNS)
-        return {row["id"]: (row["label"] or "").strip() for row in rows if row["round"].strip() == str(turn)}
+        rows = [row for row in _rows(self.file, COLUMNS) if row["id"].strip()]
+        for row in rows:
+            if _whole(row["round"]) is None:
+                raise UDAError(f"Oracle: {self.file} has round {row['round']!r} for {row['id']!r}: leave its number.")
+        return _labels([row for row in rows if _whole(row["round"]) == turn], self.file)
 
     def asked(self, turn: int) -> list[str] | None:
         """Ids in the file's rows of this round."""
@@ -86,11 +89,13 @@ class People(Oracle):
         found, path = self._round(turn), Path(self.file)
         if missing := [i for i in ids if i not in found]:
             path.parent.mkdir(parents=True, exist_ok=True)
-            new = not path.exists()
+            before = path.read_bytes() if path.exists() else b""
             with path.open("a", newline="", encoding="utf-8") as out:
                 writer = csv.writer(out)
-                if new:
+                if not before:
                     writer.writerow(COLUMNS)
+                elif not before.endswith(b"\n"):  # as some editors leave it
+                    out.write("\r\n")
                 writer.writerows((i, turn, "") for i in missing)
         if lacking := [i for i in ids if not found.get(i)]:
             raise LabelsWanted(
@@ -105,11 +110,33 @@ def _rows(file: str, columns: Sequence[str]) -> list[dict[str, str]]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise UDAError(f"Oracle: no file {file!r}.")
-    with path.open(newline="", encoding="utf-8-sig") as text:
-        reader = csv.DictReader(text)
-        if lacking := [c for c in columns if c not in (reader.fieldnames or [])]:
-            raise UDAError(f"Oracle: {file} has no column {lacking[0]!r}; it needs {', '.join(columns)}.")
-        return [{c: row[c] or "" for c in columns} for row in reader]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as text:
+            reader = csv.DictReader(text)
+            if lacking := [c for c in columns if c not in (reader.fieldnames or [])]:
+                raise UDAError(
+                    f"Oracle: {file} has no column {lacking[0]!r}; it needs {', '.join(columns)}, separated by commas."
+                )
+            return [{c: row[c] or "" for c in columns} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UDAError(f"Oracle: {file} cannot be read as CSV in UTF-8: {error}") from error
+
+
+def _whole(text: str) -> int | None:
+    """The number of a cell, as spreadsheets write whole numbers: ``3`` or ``3.0``."""
+    number, _, zeros = text.strip().partition(".")
+    return int(number) if number.isascii() and number.isdecimal() and not zeros.strip("0") else None
+
+
+def _labels(rows: Sequence[dict[str, str]], file: str) -> dict[str, str]:
+    """Label of each id in order, empty where it has none."""
+    found: dict[str, str] = {}
+    for row in rows:
+        text, before = row["label"].strip(), found.get(row["id"], "")
+        if before and text and text != before:
+            raise UDAError(f"Oracle: {file} gives sample {row['id']!r} two labels, {before!r} and {text!r}: keep one.")
+        found[row["id"]] = before or text
+    return found
 
 
 def class_ids(answers: dict[str, str], ids: Sequence[str], class_names: Sequence[str], who: str) -> list[int]:
@@ -124,8 +151,8 @@ def class_ids(answers: dict[str, str], ids: Sequence[str], class_names: Sequence
         text = answers[i]
         if text in position:
             out.append(position[text])
-        elif text.isdecimal() and int(text) < len(class_names):
-            out.append(int(text))
+        elif (number := _whole(text)) is not None and number < len(class_names):
+            out.append(number)
         else:
             raise UDAError(f"{who}: label {text!r} of sample {i!r} is no class. {nearest(text, class_names)}")
     return out

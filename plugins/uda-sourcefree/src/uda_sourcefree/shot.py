@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import uda
-from uda.losses import class_distributions, classification_loss, log_mean_probs, mean_entropy
+from uda.losses import class_distributions, log_mean_probs, mean_entropy
 from uda.nn import full, no_autocast
+from uda.pseudo import pseudo_cross_entropy
 
 
 @torch.no_grad()
@@ -114,13 +115,12 @@ class SHOT(uda.Plugin):
         """Labels and information."""
         out, logits = {}, step.target.logits
         if self.label_weight:
-            label = step.target.pseudo  # those of another plugin, if it labelled first
-            keep = None if label.keep is None else label.keep.float()
-            out["labels"] = self.label_weight * classification_loss(logits, label.y, weight=keep)
+            # those of another plugin, if it labelled first
+            out["labels"] = self.label_weight * pseudo_cross_entropy(logits, step.target.pseudo)
         if self.entropy_weight:
             value = mean_entropy(logits)
             if self.diversity:
-                log_mean = log_mean_probs(logits)
+                log_mean = log_mean_probs(logits, over_ranks=True)
                 value = value + (log_mean.exp() * log_mean).sum()
             out["information"] = self.entropy_weight * value
         return out

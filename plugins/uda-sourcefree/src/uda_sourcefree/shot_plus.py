@@ -11,6 +11,7 @@ import uda
 from uda.images import rotate
 from uda.losses import class_distributions, classification_loss, entropy
 from uda.nn import full
+from uda.pseudo import mean_of_kept
 from uda_sourcefree.mixing import mixed
 from uda_sourcefree.shot import SHOT
 
@@ -151,10 +152,9 @@ class SHOTPlusPlus(SHOT):
         logits = model.batch(x).logits
         gap = (full(logits).softmax(1) - y).square().mean(1)
         ramp = min(1.0, (step.progress - self.second_step) / max(1 - self.second_step, 1e-8))
-        unsure = (~sure).to(gap.dtype)
         loss = classification_loss(logits, y, reduction="none")
         idle = sum(0 * p.sum() for p in self.parameters())  # several processes wait for each parameter's gradient
         return {
-            "sure": idle + (sure * loss).sum() / sure.sum().clamp(min=1),
-            "unsure": self.unsure_weight * ramp * (unsure * gap).sum() / unsure.sum().clamp(min=1),
+            "sure": idle + mean_of_kept(loss, sure),
+            "unsure": self.unsure_weight * ramp * mean_of_kept(gap, ~sure),
         }

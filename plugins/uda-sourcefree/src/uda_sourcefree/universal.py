@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import uda
 from uda.losses import class_distributions, soft_cross_entropy
 from uda.nn import full
+from uda.pseudo import pseudo_cross_entropy
 from uda.rejection import normalised_entropy
 from uda_sourcefree.neighbours import NeighbourMemory
 
@@ -133,10 +134,9 @@ class UniversalNeighbours(NeighbourMemory, ABC):
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
         """Labels, and consensus with the neighbours."""
         _, near = self.around(step)
-        pseudo, logits = step.target.pseudo, step.target.logits
-        soft = class_distributions(pseudo.y, logits.shape[1]) if pseudo.soft is None else pseudo.soft
+        logits = step.target.logits
         return {
-            "labels": self.label_weight * soft_cross_entropy(logits, soft, pseudo.weight),
+            "labels": self.label_weight * pseudo_cross_entropy(logits, step.target.pseudo),
             "neighbours": self.neighbour_weight * soft_cross_entropy(logits, self.memory.probs[near].mean(1)),
         }
 
