@@ -72,6 +72,13 @@ def test_several_processes_and_inference_mode_are_refused(monkeypatch):
         trainer.predict(model, data)
 
 
+def test_arguments_that_a_method_lacks_are_refused_by_name():
+    for given in ({"method": "BNStatistics", "arguments": {"lr": 0.1}},
+                  {"method": "LSA", "arguments": {"method": "BNStatistics", "arguments": {"lr": 0.1}}}):  # fmt: skip
+        with pytest.raises(uda.UDAError, match=r"BNStatistics has no argument 'lr'\. It takes source_weight"):
+            TestTime(**given)
+
+
 def test_text_among_the_arguments_of_a_method_is_text():
     """``arguments`` is a free mapping: a word in it is no class name."""
     from uda.spelling import check_value, parameters

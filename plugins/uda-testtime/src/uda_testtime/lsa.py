@@ -13,7 +13,7 @@ from uda.nn import full, no_autocast
 from uda.nn.heads import class_vectors
 from uda_testtime.adapter import Adapter, Method
 from uda_testtime.parts import feature_size, seeded
-from uda_testtime.registry import method_class
+from uda_testtime.registry import make_method, method_class
 from uda_testtime.source import SourceSamples
 
 
@@ -116,10 +116,9 @@ class LSA(Method):
         condition: Literal["degree", "prior"] = "degree", rate: float = 0.1, steps: int = 1000,
         adapter_lr: float = 1e-3, batch_size: int = 128, hidden: int = 32, spread: float = 2.0,
     ) -> None:  # fmt: skip
-        kind = method_class(method)
-        if issubclass(kind, LSA):
+        if issubclass(method_class(method), LSA):
             raise UDAError("LSA: one around another is no method.")
-        self.inner = kind(**(arguments or {}))
+        self.inner = make_method(method, arguments)
         if self.inner.episodic:
             raise UDAError(f"LSA: {method} forgets after each sample, and would forget the label distribution.")
         if condition not in ("degree", "prior"):

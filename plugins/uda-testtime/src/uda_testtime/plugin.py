@@ -11,7 +11,7 @@ import uda
 from uda.errors import UDAError, nearest
 from uda_testtime.adapter import Adapter
 from uda_testtime.method import Guard, Method
-from uda_testtime.registry import method_class
+from uda_testtime.registry import make_method
 from uda_testtime.source import SourceSamples
 
 #: What ``stream`` may hold: options of ``uda adapt`` that say which stream is walked.
@@ -49,7 +49,7 @@ class TestTime(uda.Plugin):
         super().__init__()
         if strange := [name for name in stream or {} if name not in STREAM]:
             raise UDAError(f"TestTime: stream has no {strange[0]!r}. {nearest(strange[0], STREAM)}")
-        self.method = method_class(method)(**(arguments or {}))
+        self.method = make_method(method, arguments)
         self.guard, self.updates_per_batch = Guard(**guard) if guard is not None else None, updates_per_batch
         self.seed, self.prepared, self.source_samples = seed, prepared, source_samples
         self.stream = dict(stream or {})

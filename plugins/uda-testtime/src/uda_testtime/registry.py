@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import warnings
 from functools import cache
+from typing import Any
 
 from uda.errors import UDAError, nearest
 from uda_testtime.method import Method
@@ -48,3 +50,19 @@ def method_class(name: str) -> type[Method]:
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise UDAError(f"{name!r} is no subclass of uda_testtime.Method.")
     return found
+
+
+def make_method(name: str, arguments: dict[str, Any] | None) -> Method:
+    """The method with these arguments of its constructor.
+
+    Raises:
+        UDAError: no such method, or it has no such argument.
+    """
+    kind = method_class(name)
+    known = inspect.signature(kind).parameters
+    if strange := [n for n in arguments or {} if n not in known]:
+        told = f"It takes {', '.join(known)}." if known else "It takes none."
+        raise UDAError(
+            f"{kind.__name__} has no argument {strange[0]!r}. {told} Arguments of all configs that name one are joined."
+        )
+    return kind(**(arguments or {}))
