@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from uda import data
-from uda.arguments import Arguments, instantiated, option
+from uda.arguments import Arguments, instantiated, option, subclasses_listed_once
 from uda.console import quiet, short_parser_error
 from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.discovery import registry
@@ -98,7 +98,8 @@ class UDACLI(LightningCLI):
             words = arguments.prepare(argv)
             self.configs = arguments.configs
             try:
-                self.config = parser.parse_args([self.command, *words])
+                with subclasses_listed_once():
+                    self.config = parser.parse_args([self.command, *words])
             except ArgumentError as error:
                 raise UDAError(short_parser_error(str(error))) from error
         self._given = self.config[self.command]

@@ -3,14 +3,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from uda.data.rendered import FONTS, glyph, handwritten_digits, render_digits
+from uda.data.rendered import FONTS, _drawn, glyph, handwritten_digits, render_digits
 from uda.errors import UDAError
 
 
 def test_is_a_function_of_its_arguments_alone():
     np.random.seed(1)
     x, y = render_digits(50, seed=3)
+    kept, _ = render_digits(50, seed=3)
+    kept[:] = 0  # what is drawn once and kept is not the caller's array
+    assert np.array_equal(x, render_digits(50, seed=3)[0])
     np.random.seed(2)
+    _drawn.cache_clear()
     again, labels = render_digits(50, seed=3)
     assert np.array_equal(x, again)
     assert np.array_equal(y, labels)

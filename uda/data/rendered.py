@@ -8,7 +8,7 @@ block. The rendering takes the same last steps, so that the shift is one of shap
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,7 @@ _MESH = 4
 _FONT_SIZE = 64
 _BITMAP = 32
 _BLOCK = 4
+_BINARY = [255 * (v > 127) for v in range(256)]
 
 
 def font_path(name: str) -> Path:
@@ -80,7 +81,7 @@ def _count_blocks(image, aspect: float) -> np.ndarray:
     """Bounding box to full height, centred in 32x32, binarised, counted in 4x4 blocks: (8, 8) in [0, 1]."""
     from PIL import Image
 
-    box = image.point(lambda v: 255 * (v > 127)).getbbox()
+    box = image.point(_BINARY).getbbox()
     left, top, right, bottom = box
     width = round(_BITMAP * (right - left) / (bottom - top) * aspect)
     width = min(max(width, _BLOCK), _BITMAP)
@@ -92,18 +93,21 @@ def _count_blocks(image, aspect: float) -> np.ndarray:
     return bitmap.reshape(blocks, _BLOCK, blocks, _BLOCK).mean(axis=(1, 3))
 
 
-def _mesh(turn: np.ndarray, moves: np.ndarray) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-    """PIL's map from output cells to input quadrilaterals: ``turn`` about the canvas's middle, corners moved."""
-    side = _CANVAS // _MESH
-    corners = np.stack(np.meshgrid(np.arange(_MESH + 1), np.arange(_MESH + 1)), axis=-1) * side  # [row, column] -> x, y
+def _meshes(turns: np.ndarray, moves: np.ndarray) -> list[list[tuple[tuple[int, ...], list[float]]]]:
+    """PIL's maps from output cells to input quadrilaterals, one an image.
+
+    Args:
+        turns: (n, 2, 2), about the canvas's middle.
+        moves: (n, 5, 5, 2), of the corners.
+    """
+    side, ends = _CANVAS // _MESH, np.arange(_MESH + 1)
+    corners = np.stack(np.meshgrid(ends, ends), axis=-1) * side  # [row, column] -> x, y
     middle = _CANVAS / 2
-    places = (corners - middle) @ turn.T + middle + moves
-    cells = []
-    for r in range(_MESH):
-        for c in range(_MESH):
-            quad = (*places[r, c], *places[r + 1, c], *places[r + 1, c + 1], *places[r, c + 1])
-            cells.append(((c * side, r * side, (c + 1) * side, (r + 1) * side), tuple(map(float, quad))))
-    return cells
+    places = (corners - middle) @ turns.transpose(0, 2, 1)[:, None] + middle + moves
+    around = [places[:, :-1, :-1], places[:, 1:, :-1], places[:, 1:, 1:], places[:, :-1, 1:]]
+    quads = np.concatenate(around, axis=-1).reshape(len(places), -1, 8).tolist()
+    boxes = [(c * side, r * side, (c + 1) * side, (r + 1) * side) for r in range(_MESH) for c in range(_MESH)]
+    return [list(zip(boxes, cells, strict=True)) for cells in quads]
 
 
 def render_digits(
@@ -136,8 +140,6 @@ def render_digits(
     Raises:
         UDAError: on an n below 1, no fonts, an unknown font or a distortion out of range.
     """
-    from PIL import Image
-
     if n < 1:
         raise UDAError(f"render_digits needs n >= 1, got n={n}.")
     if not fonts:
@@ -148,6 +150,23 @@ def render_digits(
             f"wobble in [0, 8], got rotation={rotation}, shear={shear}, stretch={stretch}, max_stroke={max_stroke}, "
             f"wobble={wobble}."
         )
+    x, y = _drawn(n, seed, tuple(fonts), rotation, shear, stretch, max_stroke, wobble)
+    return x.copy(), y.copy()
+
+
+@lru_cache(maxsize=2)  # a suite draws the same source for each of its runs
+def _drawn(
+    n: int,
+    seed: int,
+    fonts: tuple[str, ...],
+    rotation: float,
+    shear: float,
+    stretch: float,
+    max_stroke: int,
+    wobble: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    from PIL import Image
+
     rng = np.random.default_rng(seed)
     y = rng.permutation(np.arange(n) % CLASSES).astype(np.int64)
     which = rng.integers(len(fonts), size=n)
@@ -157,11 +176,12 @@ def render_digits(
     aspects = rng.uniform(1 - stretch, 1 + stretch, size=n)
     moves = rng.normal(scale=wobble, size=(n, _MESH + 1, _MESH + 1, 2))
     x = np.empty((n, 1, _BITMAP // _BLOCK, _BITMAP // _BLOCK), dtype=np.float32)
-    for i in range(n):
-        cos, sin = np.cos(angles[i]), np.sin(angles[i])
-        turn = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1.0, shears[i]], [0.0, 1.0]])
+    cos, sin = np.cos(angles), np.sin(angles)
+    shearing = np.stack([np.ones(n), shears, np.zeros(n), np.ones(n)], axis=1).reshape(n, 2, 2)
+    turns = np.stack([cos, -sin, sin, cos], axis=1).reshape(n, 2, 2) @ shearing
+    for i, mesh in enumerate(_meshes(turns, moves)):
         image = Image.fromarray(glyph(fonts[which[i]], int(y[i]), int(strokes[i]))).transform(
-            (_CANVAS, _CANVAS), Image.Transform.MESH, _mesh(turn, moves[i]), Image.Resampling.BILINEAR
+            (_CANVAS, _CANVAS), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR
         )
         x[i, 0] = _count_blocks(image, aspects[i])
     return x, y
