@@ -108,29 +108,44 @@ def _same_shapes(part: str, own: dict[str, Any], state: dict[str, Any], where: s
     )
 
 
+def read_start(path: str) -> dict[str, Any]:
+    """The checkpoint or hand-over file that a model starts from.
+
+    Raises:
+        UDAError: no such file, or no weights in it.
+    """
+    if not Path(path).is_file():
+        raise UDAError(f"model.init_from: no file {path!r}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UDAError(f"model.init_from: {path!r} cannot be read as a checkpoint: {error}") from error
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UDAError(f"model.init_from: {path!r} holds no weights of a model.")
+    return checkpoint
+
+
 def init_from(model: UDA, path: str) -> None:
     """Take backbone, bottleneck and head from a checkpoint, weights only; plugins and optimiser start fresh.
 
     Raises:
-        UDAError: no such file, no model in it, or another architecture or class set.
+        UDAError: no such file, no model in it, another architecture or class set, or weights that are no numbers.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UDAError(f"model.init_from: no file {path!r}.")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UDAError(f"model.init_from: {path!r} cannot be read as a checkpoint: {error}") from error
+    checkpoint, file = read_start(path), Path(path)
     state = spread_batchnorm(model, checkpoint.get("state_dict", checkpoint))
     own = model.state_dict()
-    for part in ("backbone", "bottleneck", "head"):
-        _same_shapes(part, own, state, f"model.init_from ({file.name})")
     theirs = (checkpoint.get("hyper_parameters") or {}).get("class_names")
     if theirs and model.class_names and list(theirs) != list(model.class_names):
         raise UDAError(
             f"model.init_from: {file.name} was trained on classes {list(theirs)[:5]}..., this run has "
             f"{list(model.class_names)[:5]}.... Give the same classes in the same order (data.classes)."
         )
+    for part in ("backbone", "bottleneck", "head"):
+        _same_shapes(part, own, state, f"model.init_from ({file.name})")
     taken = {k: v for k, v in state.items() if k.split(".")[0] in ("backbone", "bottleneck", "head")}
+    if bad := [k for k, v in taken.items() if not bool(v.isfinite().all())]:
+        raise UDAError(f"model.init_from: {file.name} has NaN or infinite weights, the first in {bad[0]!r}.")
     model.load_state_dict(taken, strict=False)
+    model.started = True
     rank_zero_info(f"Weights of backbone, bottleneck and head taken from {file.name}.")

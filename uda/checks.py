@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from uda import running
@@ -132,6 +133,12 @@ def check_sources(model: UDA) -> None:
     """
     needs = dict(model.hooks.each("data_needs", model=model))
     without = [key for key, found in needs.items() if not found.source]
+    if without and not model.started:
+        rank_zero_warn(
+            f"Plugin {without[0]!r} makes the run source-free, and the network is as it was built, with a classifier "
+            "that was never trained: name a model of the source as model.init_from.",
+            stacklevel=2,
+        )
     for key in model.hooks.fillers("align_features") if without else ():
         if key not in without and "source-free" not in model.plugins[key].settings:
             names = [f"{k!r} ({type(model.plugins[k]).__name__})" for k in (key, without[0])]

@@ -100,6 +100,7 @@ class UDA(EvaluationLoop):
         self.manual_clip, self.manual_accumulate = manual_clip, manual_accumulate
         self._optimizer, self._schedule, self._backbone_lr_scale = optimizer, schedule, backbone_lr_scale
         self._init_from, self._compile = init_from, compile_backbone
+        self.started = False  # from trained weights: of init_from, of a checkpoint, or that a plugin brings
         self._head_spec = (bottleneck, bottleneck_norm, bottleneck_dropout, head)
         self.joint_forward = forward_mode == "joint" and getattr(self.backbone, "joint_forward", True)
         self.automatic_optimization = not any(p.manual for p in plugins.values())
@@ -282,7 +283,7 @@ class UDA(EvaluationLoop):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what does not fit, by name; the weights that training began with are not asked for again."""
-        self._init_from = None
+        self._init_from, self.started = None, True
         self.base_seed = checkpoint.get("uda", {}).get("base_seed", self.base_seed)
         if self.feature_dim is not None:
             checkpointing.check_resume(self, checkpoint["state_dict"])

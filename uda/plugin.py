@@ -150,6 +150,11 @@ class Plugin(Described, nn.Module):
     unused_parameters: ClassVar[bool] = False
     #: ``adapt`` is safe under several processes, since it averages what it learns over them.
     averages: ClassVar[bool] = False
+
+    def start_files(self) -> list[str]:
+        """Checkpoints of trained models that the plugin brings into the network: where a target without labels and no
+        source tell no class, theirs are those of the run."""
+        return []
     #: Search space for tuning without labels: argument -> (low, high[, "log"]) or list of choices.
     search_space: ClassVar[dict[str, Any]] = {}
 

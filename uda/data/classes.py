@@ -114,7 +114,7 @@ def label_space(
     if not labelled:
         raise UDAError(
             f"no class is known: target {target.name!r} has no labels and there is no source; "
-            "give classes.known"
+            "give data.classes: {known: [...]}, the classes of the source's model in its order"
         )
     if sources and setting not in (None, "closed"):
         return _as_they_occur(sources, target)

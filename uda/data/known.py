@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 from torch import LongTensor
 
+from uda.checkpointing import read_start
 from uda.data.batches import Request
 from uda.data.checks import check_domains, check_shapes
 from uda.data.classes import ClassSplit
 from uda.data.default_views import default_views
+from uda.data.domains import DomainData
 from uda.data.feeds import Feeds
 from uda.data.labelled import with_labelled_target
 from uda.data.pools import DomainPools, Task, make_task
 from uda.data.readers import Reader
+from uda.data.settings import as_split
 from uda.data.views import Views
 from uda.errors import UDAError
 
@@ -38,6 +41,7 @@ class KnownDomains:
     target_test_fraction: float
     sampling: str
     views: Views | None
+    trainer: Any
     _feeds: Feeds
     _setting: str | None
     _seed: int | None
@@ -54,10 +58,11 @@ class KnownDomains:
         """Domains, pools and label space; read when first asked for."""
         if self._task is None:
             check_domains(self.reader, self.source_names, self.target_name)
+            target = self.reader.read(self.target_name)
             self._task = make_task(
                 [self.reader.read(name) for name in self.source_names],
-                self.reader.read(self.target_name),
-                self.classes,
+                target,
+                self.classes or self._classes_of_model(target),
                 self.allow_missing_classes,
                 self.source_val_fraction,
                 self.target_test_fraction,
@@ -70,6 +75,17 @@ class KnownDomains:
             if self.labelled_target:
                 self._task = with_labelled_target(self._task, self.labelled_target, self.seed)
         return self._task
+
+    def _classes_of_model(self, target: DomainData) -> ClassSplit | None:
+        """Those of the model that the run starts from, where there is no source and the target has no labels."""
+        model = getattr(self.trainer, "lightning_module", None) if self.trainer is not None else None
+        if model is None or self.source_names or target.labels is not None:
+            return None
+        brought = [path for plugin in getattr(model, "plugins", {}).values() for path in plugin.start_files()]
+        for path in [getattr(model, "_init_from", None), *brought]:
+            if path and (names := (read_start(path).get("hyper_parameters") or {}).get("class_names")):
+                return as_split({"known": list(names)})
+        return None
 
     @property
     def setting(self) -> str:

@@ -68,7 +68,7 @@ def multi_label_names(
             raise UDAError(f"source domain {data.name!r} has no labels; only the target may be unlabelled")
     labelled = [d for d in [*sources, target] if d.labels is not None]
     if not labelled and split is None:
-        raise UDAError(f"no class is known: target {target.name!r} has no labels; give classes.known")
+        raise UDAError(f"no class is known: target {target.name!r} has no labels; give data.classes.known")
     names = list(split.known) if split is not None else list(labelled[0].class_names)
     for data in labelled:
         if lacking := [n for n in names if n not in data.class_names]:

@@ -61,7 +61,7 @@ def print_table(summary: dict[str, Any]) -> None:
     table.add_column("images", justify="right")
     table.add_column("class mean", justify="right")
     headline = summary.get("headline")
-    extra = {} if headline in (None, "target_accuracy") else summary[headline]
+    extra = {} if headline in (None, "target_accuracy") else summary.get(headline, {})  # none where nothing is labelled
     source_extra = summary.get(f"source_{headline}")
     if extra:
         table.add_column(MEASURES[headline], justify="right")

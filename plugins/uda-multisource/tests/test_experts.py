@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from uda_multisource import DECISION, MSFDA, SMUDA, CAiDA
 from uda_multisource.caida import anchor_labels, class_relations
 from uda_multisource.decision import joint_centroid_labels
-from uda_multisource.experts import ExpertHead, ExpertInput, network, read
+from uda_multisource.experts import ExpertHead, ExpertInput, read
 from uda_multisource.msfda import aggregate, masked_information, prototype_probs
 from uda_multisource.smuda import class_draws, gaussian_factors
-from uda_sourcefree.handover import handover
+from uda_sourcefree.handover import handover, network
 
 import uda
 from uda.testing import TinyTask, check_plugin, check_plugins_ddp
@@ -247,6 +247,15 @@ def test_domain_objective_has_exchanged_labels_for_the_features(checkpoints):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_target_without_labels_has_the_classes_of_the_models(checkpoints, tmp_path):
+    np.savez(tmp_path / "t.npz", t_x=np.random.default_rng(0).normal(size=(20, 6)).astype("float32"))
+    model = uda.UDA("identity", {"refine": DECISION(checkpoints)}, bottleneck=0, scores=[])
+    data = uda.DataModule(uda.data.Arrays(str(tmp_path / "t.npz"), kind="features"), None, "t", batch_size=8)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    L.Trainer(max_epochs=1, limit_train_batches=1, accelerator="cpu", devices=1, **quiet).fit(model, data)
+    assert model.class_names == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("cls", METHODS)
 def test_a_run_without_sources(cls, checkpoints, tmp_path):
     """Adapts from the checkpoints alone, and what it saves is loaded when they are gone."""
@@ -288,6 +297,14 @@ def test_bad_checkpoints_are_refused(checkpoints, tmp_path):
     bare = source_model(tmp_path / "bare.ckpt", 2, 1)
     with pytest.raises(uda.UDAError, match=r"bare.ckpt' holds no class statistics.*uda export-source"):
         target_model(SMUDA([checkpoints[0], bare]))
+    for name, change in (("means", lambda t: t[:2]), ("covariances", lambda t: t * torch.nan)):
+        file = torch.load(checkpoints[1], weights_only=True)
+        file["class_statistics"][name] = change(file["class_statistics"][name])
+        torch.save(file, tmp_path / "odd.pt")
+        with pytest.raises(uda.UDAError, match=rf"odd.pt' do not fit: {name} must be \[3, 8"):
+            target_model(SMUDA([checkpoints[0], str(tmp_path / "odd.pt")]))
+    with pytest.raises(uda.UDAError, match="inputs take size, channels, mean and std"):
+        CAiDA(checkpoints, inputs=[{"sise": 8}, {}])
     wider = source_model(tmp_path / "wide.ckpt", 2, 1, bottleneck=12)
     with pytest.raises(uda.UDAError, match=r"widths are \[8, 12\]"):
         target_model(DECISION([checkpoints[0], wider]))

@@ -275,8 +275,9 @@ def test_two_plugins_for_one_head_are_refused(make_step):
         def build(self, model):
             model.head = torch.nn.Sequential(model.head)
 
-    with pytest.raises(uda.UDAError, match="another plugin has replaced it"):
-        make_step({"network": Wraps(), "align": M3SDA()})
+    for first, second in ((Wraps(), M3SDA()), (M3SDA(), MFSAN()), (MFSAN(), M3SDA(pairs=True))):
+        with pytest.raises(uda.UDAError, match="another plugin has replaced it"):
+            make_step({"network": first, "align": second})
 
 
 def test_mdan_under_a_trainer():

@@ -116,6 +116,11 @@ def test_bad_input(source, tmp_path):
     (tmp_path / "x.ckpt").write_text("no checkpoint")
     with pytest.raises(uda.UDAError, match="cannot be read as a checkpoint"):
         handover(str(tmp_path / "x.ckpt"))
+    file = torch.load(path, weights_only=True)
+    file["state_dict"]["head.branches.0.weight"] = torch.zeros(2)
+    torch.save(file, tmp_path / "branches.ckpt")
+    with pytest.raises(uda.UDAError, match=r"changed the network.*'head.branches.0.weight'"):
+        handover(str(tmp_path / "branches.ckpt"))
     both = uda.DataModule(TinyTask(sources=2), source=["source", "source2"], target="target")
     with pytest.raises(uda.UDAError, match="of one source"):
         handover(path, both)

@@ -353,6 +353,42 @@ def test_a_checkpoint_of_other_classes_is_refused(handed_over, capsys):
     assert "classes" in capsys.readouterr().err
 
 
+def start(place, init, reader="bare.npz"):
+    """SHOT from a file of weights, on a target without labels."""
+    x = np.load(place / "target.npz")["b_x"]
+    np.savez(place / "bare.npz", b_x=x)
+    model = uda.UDA("identity", {"refine": SHOT()}, bottleneck=32, head="weight_norm", scores=[],
+                    init_from=init and str(place / init))  # fmt: skip
+    data = uda.DataModule(uda.data.Arrays(str(place / reader), kind="features"), None, "b", batch_size=16)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_train_batches": 1}
+    L.Trainer(max_epochs=1, accelerator="cpu", devices=1, limit_val_batches=0, **quiet).fit(model, data)
+    return model
+
+
+def test_a_target_without_labels_has_the_classes_of_the_model(handed_over, recwarn):
+    place, _ = handed_over
+    assert start(place, "source.ckpt").class_names == ["0", "1", "2", "3"]
+    assert not [w for w in recwarn if "never trained" in str(w.message)]
+    with pytest.raises(uda.UDAError, match=r"no class is known.*data.classes"):
+        start(place, None)
+    with pytest.warns(UserWarning, match="'refine' makes the run source-free.*never trained.*model.init_from"):
+        start(place, None, "target.npz")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [([1], "holds no weights"), ({"state_dict": {}}, "holds no weights"), (None, "NaN or infinite weights.*head.bias")],
+)
+def test_a_file_without_weights_is_refused(handed_over, file, message):
+    place, _ = handed_over
+    if file is None:
+        file = torch.load(place / "source.ckpt", weights_only=True)
+        file["state_dict"]["head.bias"][0] = torch.nan
+    torch.save(file, place / "bad.ckpt")
+    with pytest.raises(uda.UDAError, match=message):
+        start(place, "bad.ckpt", "target.npz")
+
+
 def test_an_aligner_beside_it_is_refused(handed_over):
     place, _ = handed_over
 

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.nn import functional as F
-from uda_sourcefree.handover import ARCHITECTURE
+from uda_sourcefree.handover import ARCHITECTURE, network
 
 import uda
-from uda.arguments import instantiated
 from uda.nn import domain_feature_size, no_autocast
 from uda.nn.precision import full
 
@@ -117,13 +115,6 @@ def read(path: str, who: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
         raise uda.UDAError(f"{who}: {path!r} cannot be read as a checkpoint of uda fit: {error}") from error
 
 
-def network(architecture: dict[str, Any]) -> uda.UDA:
-    """The network of an architecture, with weights as they come."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(uda.UDA, "model", fail_untyped=False)
-    return instantiated(parser, parser.parse_object({"model": architecture})).model
-
-
 class Experts(uda.Plugin):
     """Base: the network becomes several source models side by side, their features ``[B, sum F_i]`` one after another.
 
@@ -157,7 +148,14 @@ class Experts(uda.Plugin):
             raise uda.UDAError(f"{name}: {len(checkpoints)} checkpoints but {len(inputs)} inputs; give one for each.")
         self.statistics: list[dict[str, Tensor] | None] = []
         self.checkpoints, self.architectures = [str(c) for c in checkpoints], architectures
-        self.looks = [ExpertInput(**(given or {})) for given in (inputs or [{} for _ in checkpoints])]
+        try:
+            self.looks = [ExpertInput(**(given or {})) for given in (inputs or [{} for _ in checkpoints])]
+        except TypeError as error:
+            raise uda.UDAError(f"{name}: inputs take size, channels, mean and std: {error}") from error
+
+    def start_files(self) -> list[str]:
+        """The checkpoints, while they are there."""
+        return [path for path in self.checkpoints if Path(path).is_file()]
 
     @uda.hookimpl
     def data_needs(self) -> uda.DataNeeds:
@@ -195,6 +193,7 @@ class Experts(uda.Plugin):
         model.head = ExpertHead([net.head for net in nets], widths, self.mix)
         model.head.mixture.requires_grad_(not self.freeze_mixture)
         model.feature_dim = sum(widths)
+        model.started = True
         self._remember(model)
 
     def _checked(self, model: uda.UDA, path: str, net: uda.UDA, look: ExpertInput) -> int:

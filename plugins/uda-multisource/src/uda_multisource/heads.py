@@ -52,6 +52,7 @@ class SourceHeads(nn.Module):
             known[i, list((missing or {}).get(name, ()))] = False
         self.register_buffer("known", known, persistent=False)
         self.names, self.in_features, self.num_classes = list(names), in_features, num_classes
+        self.owner = ""  # the method whose they are
         width = hidden or in_features
         self.branches = nn.ModuleList(Bottleneck(in_features, hidden) if hidden else nn.Identity() for _ in names)
         self.classifiers = nn.ModuleList(
@@ -83,7 +84,8 @@ def put_heads(model: uda.UDA, names: list[str], who: str, hidden: int = 0, copie
     Raises:
         UDAError: another plugin has replaced the head.
     """
-    if not isinstance(model.head, SourceHeads):
+    own = isinstance(model.head, SourceHeads) and model.head.owner == who
+    if not own:
         if type(model.head).__module__ != LinearHead.__module__:
             raise uda.UDAError(
                 f"{who} puts a classifier for each source in the place of the model's head, but another plugin has "
@@ -94,4 +96,5 @@ def put_heads(model: uda.UDA, names: list[str], who: str, hidden: int = 0, copie
             name = (model.class_names or range(model.num_classes))[alone[0]]
             raise uda.UDAError(f"{who}: no source has a training sample of class {name!r}; leave it out: data.classes.")
         model.head = SourceHeads(names, model.feature_dim, model.num_classes, hidden, copies, missing)
+        model.head.owner = who
     return model.head

@@ -101,6 +101,13 @@ class SMUDA(Experts):
                         f"SMUDA: {self.checkpoints[i]!r} holds no class statistics. Make it by "
                         "`uda export-source CKPT --statistics` where the source is."
                     )
+                for name, own in (("means", means), ("covariances", factors)):
+                    given = found.get(name)
+                    if given is None or given.shape != own.shape or not bool(given.isfinite().all()):
+                        raise uda.UDAError(
+                            f"SMUDA: the class statistics in {self.checkpoints[i]!r} do not fit: {name} must be "
+                            f"{list(own.shape)} and finite. Make them anew by `uda export-source CKPT --statistics`."
+                        )
                 means, factors = found["means"], gaussian_factors(found["covariances"], self.ridge)
             self.register_buffer(f"means_{i}", means)
             self.register_buffer(f"factors_{i}", factors)

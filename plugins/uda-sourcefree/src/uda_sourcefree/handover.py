@@ -69,6 +69,18 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
+def network(architecture: dict[str, Any]) -> UDA:
+    """The network of an architecture, with weights as they come."""
+    from jsonargparse import ArgumentParser
+
+    from uda.arguments import instantiated
+    from uda.module import UDA
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(UDA, "model", fail_untyped=False)
+    return instantiated(parser, parser.parse_object({"model": architecture})).model
+
+
 def handover(path: str, data: DataModule | None = None, views: Any = None, least: int = 10) -> dict[str, Any]:
     """What ``torch.save`` writes: serves as ``model.init_from``, and loads with ``weights_only=True``.
 
@@ -79,7 +91,8 @@ def handover(path: str, data: DataModule | None = None, views: Any = None, least
         least: samples that a class needs for statistics.
 
     Raises:
-        UDAError: no checkpoint; several sources, or none; a class with fewer samples.
+        UDAError: no checkpoint; a network that a plugin has changed; several sources, or none; a class with fewer
+            samples.
     """
     import torch
 
@@ -93,6 +106,13 @@ def handover(path: str, data: DataModule | None = None, views: Any = None, least
         "state_dict": {k: v.clone() for k, v in state.items() if k.split(".")[0] in PARTS},
         "preprocessing": views,
     }
+    if "backbone" in out["hyper_parameters"]:  # else it was made by hand, and is made so again
+        expected = network(out["hyper_parameters"]).state_dict().keys()
+        if other := sorted(expected ^ out["state_dict"].keys()):
+            raise UDAError(
+                f"{path}: a plugin has changed the network in training ({other[0]!r}), which no file can hand over. "
+                "Export a model that was trained without it."
+            )
     said = "Weights and running statistics of backbone, bottleneck and head; architecture; names of classes and domains"
     said += f"; {'no ' if views is None else ''}preprocessing."
     if data is not None:
@@ -118,6 +138,8 @@ def statistics(model: UDA, data: DataModule, least: int = 10) -> dict[str, Tenso
     """Mean ``[C, F]`` and covariance ``[C, F, F]`` of each class's features; see :func:`class_gaussians`."""
     import torch
 
+    if data.multi_label:
+        raise UDAError("Statistics are of classes that exclude each other: multi-label data has none.")
     if len(data.source_names) != 1:
         raise UDAError(f"Statistics are those of one source, but data.source names {data.source_names or 'none'}.")
     if data.class_names != list(model.class_names or data.class_names):
