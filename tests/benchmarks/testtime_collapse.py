@@ -64,7 +64,7 @@ class Scenario:
     prefix: str  # of keys
 
     def task(self, i: int) -> str:
-        return f"round {i}" if self.batch > 1 else f"singles, round {i}"
+        return f"round {i}" if self.batch > 1 else f"singles round {i}"
 
 
 SCENARIOS = {
