@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import lightning as L
 import numpy as np
 import pytest
@@ -58,6 +60,27 @@ def test_needs_a_vision_transformer():
     for make in (lambda: UniAM(atoms=0), lambda: UniAM(quantile=0.0)):
         with pytest.raises(uda.UDAError):
             make()
+
+
+def test_without_a_quantile_the_latest_target_samples_are_cut_in_two():
+    plugin = UniAM(quantile=None, hidden=8, atoms=1)
+    plugin.key, plugin.dictionary = "align", uda.nn.Bank(2, rows=(3,))
+    for name, value in (("seen", torch.ones(2, dtype=torch.long)), ("limit", torch.zeros(()))):
+        plugin.register_buffer(name, value)
+    plugin.register_buffer("recent", torch.full((2048,), torch.nan))
+    plugin.before_evaluation(None)
+    assert float(plugin.limit) == 0  # nothing is unknown yet
+    rows, y = torch.eye(3)[:2], torch.tensor([0, 1])
+    for w_t in (torch.tensor([0.1, 0.2]), torch.tensor([0.9, 0.8])):
+        cache = {"align": (rows, torch.tensor([0.5, 0.5]), w_t)}
+        plugin.after_step(
+            SimpleNamespace(
+                target=SimpleNamespace(cache=cache), pooled={"y": y}.get, model=SimpleNamespace(global_rank=0)
+            )
+        )
+    plugin.before_evaluation(None)
+    assert float(plugin.limit) == pytest.approx(0.5)
+    assert plugin.recent[:4].tolist() == pytest.approx([0.9, 0.8, 0.1, 0.2])  # the latest first
 
 
 @pytest.mark.slow

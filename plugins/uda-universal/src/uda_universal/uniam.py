@@ -12,6 +12,7 @@ from uda_adversarial.adversary import Adversary
 import uda
 from uda.losses import class_distributions, entropy
 from uda.nn import Bank, full, gather_rows, no_autocast
+from uda.rejection import otsu
 from uda_universal.common import SETTINGS, marked
 
 
@@ -87,6 +88,9 @@ def commonness(residuals: Tensor) -> Tensor:
     return 1 - residuals.amin(1) / residuals.amax(1).clamp_min(1e-12)
 
 
+RECENT = 2048  # target samples that a threshold without a quantile is taken from
+
+
 class UniAM(Adversary):
     """Weighs and rejects target samples by how well source attention of one class explains theirs.
 
@@ -101,7 +105,9 @@ class UniAM(Adversary):
         atoms: source rows of a class in the dictionary, the latest ones; eta: of the sparse code.
         iterations: of the solver.
         separation: weight of the entropies.
-        quantile: share of the source samples that would be rejected.
+        quantile: share of the source samples that would be rejected. None: the threshold is where w of the latest
+            target samples of the training falls into two groups (:func:`uda.rejection.otsu`), for a target that is
+            known to have unknown classes; most of a target looks strange where attention shifts with the domain.
         others: as in :class:`~uda_adversarial.adversary.Adversary`.
     """
 
@@ -109,6 +115,7 @@ class UniAM(Adversary):
     search_space: ClassVar[dict[str, Any]] = {**Adversary.search_space, "eta": (0.01, 0.2, "log")}
     seen: Tensor
     limit: Tensor
+    recent: Tensor
 
     def __init__(
         self,
@@ -117,7 +124,7 @@ class UniAM(Adversary):
         eta: float = 0.05,
         iterations: int = 50,
         separation: float = 0.1,
-        quantile: float = 0.1,
+        quantile: float | None = 0.1,
         gamma: float = 10.0,
         reversal: float = 1.0,
         hidden: int = 1024,
@@ -127,11 +134,10 @@ class UniAM(Adversary):
         lr_scale: float = 1.0,
     ) -> None:
         super().__init__(weight, gamma, reversal, hidden, layers, batch_norm, dropout, lr_scale)
-        if atoms < 1 or iterations < 1 or eta < 0 or separation < 0 or not 0 < quantile < 1:
-            raise uda.UDAError(
-                "UniAM: atoms and iterations are 1 or more, eta and separation not negative, and quantile is between 0 "
-                "and 1."
-            )
+        if quantile is not None and not 0 < quantile < 1:
+            raise uda.UDAError(f"UniAM: quantile is between 0 and 1, or none, got {quantile}.")
+        if atoms < 1 or iterations < 1 or eta < 0 or separation < 0:
+            raise uda.UDAError("UniAM: atoms and iterations are 1 or more, eta and separation not negative.")
         self.atoms, self.eta, self.iterations = atoms, eta, iterations
         self.separation, self.quantile = separation, quantile
         self.dictionary: Bank | None = None
@@ -147,6 +153,7 @@ class UniAM(Adversary):
             self.dictionary = Bank(model.num_classes * self.atoms, rows=(width,))
             self.register_buffer("seen", torch.zeros(model.num_classes, dtype=torch.long))
             self.register_buffer("limit", torch.zeros(()))
+            self.register_buffer("recent", torch.full((RECENT,), torch.nan))
 
     def common(self, rows: Tensor) -> Tensor:
         """Commonness ``[B]`` of attention rows ``[B, D]``."""
@@ -160,7 +167,7 @@ class UniAM(Adversary):
         backbone, target = step.model.backbone, step.target
         rows = attention_rows(backbone, step.pooled("x"))
         w_s, w_t = self.common(rows), self.common(attention_rows(backbone, target.x))
-        target.cache[self.key] = (rows, w_s)
+        target.cache[self.key] = (rows, w_s, w_t)
         rank = w_t.argsort().argsort().to(w_t.dtype) / max(len(w_t) - 1, 1)
         self.log_later(common_source=w_s.mean(), common_target=w_t.mean())
         # an empty dictionary explains nothing: all weigh alike until it is there
@@ -171,19 +178,28 @@ class UniAM(Adversary):
 
     @uda.hookimpl
     def after_step(self, step: uda.Step) -> None:
-        """The latest source rows of each class are its atoms; the threshold follows the source."""
-        rows, w_s = step.target.cache[self.key]
+        """The latest source rows of each class are its atoms; the threshold follows the source, or the target."""
+        rows, w_s, w_t = step.target.cache[self.key]
         y = step.pooled("y")
         y = gather_rows(y if y.ndim == 1 else y.argmax(1))
-        rows, w_s = gather_rows(rows), gather_rows(w_s)
+        rows, w_s, w_t = gather_rows(rows), gather_rows(w_s), gather_rows(w_t)
         own = class_distributions(y, len(self.seen), torch.long)
         before = (own.cumsum(0) - own).gather(1, y[:, None])[:, 0]  # rows of the class earlier in the batch
         at = y * self.atoms + (self.seen[y] + before) % self.atoms
-        if len(w_s):
+        if self.quantile is None and bool((self.seen > 0).all()):
+            self.recent.copy_(torch.cat([w_t.to(self.recent), self.recent])[:RECENT])
+        elif self.quantile is not None and len(w_s):
             self.limit.lerp_(torch.quantile(w_s.float(), self.quantile), 0.05 if bool((self.seen > 0).all()) else 1.0)
         self.seen.add_(own.sum(0))
         count = len(at) if step.model.global_rank == 0 else 0  # gathered already: one rank writes
         self.dictionary.write(at[:count], rows=rows[:count])
+
+    @uda.hookimpl
+    def before_evaluation(self, model: uda.UDA) -> None:
+        """Without a quantile, where the latest target samples fall into two groups; before there are any, nowhere."""
+        found = self.recent[~self.recent.isnan()]
+        if self.quantile is None and len(found):
+            self.limit.fill_(otsu(found))
 
     @uda.hookimpl
     def reject(self, model: uda.UDA, batch: uda.DomainBatch, prediction: uda.Prediction) -> uda.Prediction:
