@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ ANY_ALIGNER = {
 }
 
 
+@functools.cache  # reading a hundred overlays takes longer than a short training
 def components() -> dict[str, dict[str, tuple[dict, str]]]:
     """By kind and name: a plugin as the overlays write it, and how it wants the domains passed."""
     out: dict[str, dict[str, tuple[dict, str]]] = {kind: {} for kind in KINDS}
@@ -58,7 +60,7 @@ def manual(entry: dict) -> bool:
 def combinations(count: int, seed: int) -> list[dict[str, str]]:
     """``count`` combinations that meet each component at least once, where ``count`` allows it.
 
-    A kind may be left out. Two plugins that both own the optimisers exclude each other.
+    A kind may be left out. Two plugins that both own the optimisers exclude each other; who has to leave comes next.
     """
     parts, draw = components(), random.Random(seed)
 
@@ -67,13 +69,16 @@ def combinations(count: int, seed: int) -> list[dict[str, str]]:
             yield from draw.sample([*names, ""], len(names) + 1)
 
     decks = {kind: deck(list(names)) for kind, names in parts.items()}
+    left: dict[str, list[str]] = {kind: [] for kind in KINDS}
     out = []
     while len(out) < count:
-        chosen = {kind: name for kind in KINDS if (name := next(decks[kind]))}
+        drawn = {kind: left[kind].pop(0) if left[kind] else next(decks[kind]) for kind in KINDS}
+        chosen = {kind: name for kind, name in drawn.items() if name}
         owners = [name for kind, name in chosen.items() if manual(parts[kind][name][0])]
         if owners and (len(owners) > 1 or "weigh" in chosen):
             for kind in [k for k, name in chosen.items() if name in owners[1:] or k == "weigh"]:
-                chosen.pop(kind, None)
+                if kind in chosen:
+                    left[kind].append(chosen.pop(kind))
         trains = next(name for name in parts["refine"] if name.startswith("pseudo_label"))
         if "pseudo" in chosen:  # a label without a method that trains on it does nothing
             chosen.setdefault("refine", trains)
@@ -90,7 +95,7 @@ def label(chosen: dict[str, str]) -> str:
 def train(chosen: dict[str, str], folder: Path, plain: bool = False) -> tuple[uda.UDA, L.Trainer]:
     """Two epochs in bfloat16, two batches a step; ``plain``: without the plugins, on the same data."""
     parts = components()
-    used = {kind: parts[kind][name] for kind, name in chosen.items()}
+    used = {kind: copy.deepcopy(parts[kind][name]) for kind, name in chosen.items()}
     torch.manual_seed(0)
     model = uda.UDA(
         SmallCNN(1, (4, 8)),

@@ -44,19 +44,20 @@ def test_suite_lists_its_runs(name, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "run", str(SUITES[name]), "--dry-run"]) == 0
     suite = Suite.load(SUITES[name])
+    runs = suite.runs()
     assert suite.name == name
     if name.startswith("selection"):
         assert list(suite.methods) == BASIC
     elif (setting := name.rpartition("_")[2]) in SETTINGS:  # methods that cope, and two that do not as a warning
         assert set(suite.methods) >= {"source_only", "dann", "mcc"}
-        assert {r.config["data"]["setting"] for r in suite.runs()} == {setting}
+        assert {r.config["data"]["setting"] for r in runs} == {setting}
     elif name not in FEW_METHODS:
         assert set(suite.methods) >= set(BASIC)
         assert len(suite.methods) >= 40
     assert len(suite.tasks) == TASKS[name]
     expected = TASKS[name] * len(suite.methods) * len(suite.seeds)
     assert f"{expected} runs, 0 finished" in capsys.readouterr().out
-    assert len({r.key for r in suite.runs()}) == expected
+    assert len({r.key for r in runs}) == expected
 
 
 @pytest.mark.parametrize("name", SUITES)

@@ -24,16 +24,25 @@ _NO_EFFECT = {
 }  # fmt: skip
 
 
+def copied(value: Any) -> Any:
+    """Plain data of their own: ``copy.deepcopy`` takes ten times as long, and a suite of a thousand runs feels it."""
+    if type(value) is dict:
+        return {k: copied(v) for k, v in value.items()}
+    if type(value) is list:
+        return [copied(v) for v in value]
+    return value if value is None or type(value) in (str, int, float, bool) else copy.deepcopy(value)
+
+
 def merged(below: Any, above: Any) -> Any:
     """``above`` laid over ``below``; mappings join, everything else replaces.
 
     Another ``class_path`` replaces the whole entry: arguments of one class mean nothing to the next.
     """
     if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
-        return copy.deepcopy(above)
+        return copied(above)
     if "class_path" in above and above["class_path"] != below.get("class_path", above["class_path"]):
-        return copy.deepcopy(dict(above))
-    out = copy.deepcopy(dict(below))
+        return copied(dict(above))
+    out = copied(dict(below))
     for key, value in above.items():
         out[key] = merged(out.get(key), value)
     return out
@@ -48,7 +57,7 @@ def with_overrides(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> d
     Raises:
         UDAError: a key leads through something that is no mapping.
     """
-    out = copy.deepcopy(dict(config))
+    out = copied(dict(config))
     for dotted, value in overrides.items():
         node, parts = out, str(dotted).split(".")
         for i, part in enumerate(parts[:-1]):

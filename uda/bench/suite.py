@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from uda.bench import chain
-from uda.bench.merge import content_hash, expanded, merged, with_overrides
+from uda.bench.merge import content_hash, copied, expanded, merged, with_overrides
 from uda.bench.spec import check_keys, mapping, methods_of, read_yaml, seed_list, whole
 from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.errors import UDAError, nearest
@@ -42,7 +43,7 @@ class Run:
     threads: int = field(default=0, hash=False)
     starts: tuple[chain.Start, ...] = field(default=(), hash=False)
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """12 hex digits."""
         starts = {"starts": {s.setting: s.identity() for s in self.starts}} if self.starts else {}
@@ -155,17 +156,19 @@ class Suite:
         """Methods that this one starts from."""
         return [n for v in chain.settings_of(self.methods[method], method).values() for n in chain.listed(v)]
 
-    def run(self, task: str, method: str, seed: int) -> Run:
-        """One run, with those that it starts from."""
-        spec = self.methods[method]
+    def run(self, task: str, method: str, seed: int, configs: dict[tuple[str, str], Any] | None = None) -> Run:
+        """One run, with those that it starts from; ``configs`` keeps what other seeds have as well."""
+        spec, configs = self.methods[method], {} if configs is None else configs
         starts = tuple(
             chain.Start(
-                setting, tuple(self.run(task, name, seed) for name in chain.listed(names)),
+                setting, tuple(self.run(task, name, seed, configs) for name in chain.listed(names)),
                 spec.get("checkpoint", "last"), isinstance(names, list),
             )
             for setting, names in chain.settings_of(spec, method).items()
         )  # fmt: skip
-        config = self.config(task, method)
+        if (task, method) not in configs:
+            configs[task, method] = self.config(task, method)
+        config = copied(configs[task, method])
         return Run(self.name, task, method, seed, self.select_by, config, self.runs_dir, self.threads, starts)
 
     def runs(self, only: str | None = None) -> list[Run]:
@@ -179,7 +182,8 @@ class Suite:
             UDAError: the pattern fits none.
         """
         order = self.order or list(self.methods)
-        out = [self.run(task, method, seed) for seed in self.seeds for task in self.tasks for method in order]
+        configs: dict[tuple[str, str], Any] = {}
+        out = [self.run(task, method, seed, configs) for seed in self.seeds for task in self.tasks for method in order]
         if only is None:
             return out
         pattern = only if set("*?[") & set(only) else f"*{only}*"
