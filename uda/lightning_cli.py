@@ -149,6 +149,8 @@ class UDACLI(LightningCLI):
         self.run.path = self.run.path.absolute()
         self.config_init = instantiated(self.parser, self.config)
         self.datamodule, self.model = (self._get(self.config_init, part) for part in ("data", "model"))
+        if self.run.resumed and not self.datamodule.source_names:  # what the run began from may be gone by now
+            self.model._init_from = self.run.resumed
         self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

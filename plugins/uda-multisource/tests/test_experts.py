@@ -294,6 +294,16 @@ def test_bad_checkpoints_are_refused(checkpoints, tmp_path):
                 class_names=["a", "c", "b"], input_shape=[6], target_name="target")  # fmt: skip
     with pytest.raises(uda.UDAError, match=r"trained on inputs of shape \[6\] and refuses those of this run, \[7\]"):
         uda.UDA("identity", {"refine": DECISION(checkpoints)}, bottleneck=0, num_classes=3, input_shape=[7])
+    sizes = []
+    for size in (8, 12):
+        net = uda.UDA("small_cnn", {}, bottleneck=4, num_classes=3, input_shape=[1, size, size])
+        state = {"hyper_parameters": {**net.hparams, "class_names": ["a", "b", "c"]}, "state_dict": net.state_dict()}
+        torch.save(state, tmp_path / f"{size}.ckpt")
+        sizes.append(str(tmp_path / f"{size}.ckpt"))
+    given = {"bottleneck": 0, "num_classes": 3, "input_shape": [1, 8, 8]}
+    with pytest.raises(uda.UDAError, match=r"12.ckpt' was trained on inputs of shape \[1, 12, 12\].*under inputs"):
+        uda.UDA("identity", {"refine": DECISION(sizes)}, **given)
+    assert uda.UDA("identity", {"refine": DECISION(sizes, inputs=[{}, {"size": 12}])}, **given).feature_dim == 8
     bare = source_model(tmp_path / "bare.ckpt", 2, 1)
     with pytest.raises(uda.UDAError, match=r"bare.ckpt' holds no class statistics.*uda export-source"):
         target_model(SMUDA([checkpoints[0], bare]))

@@ -375,6 +375,17 @@ def test_a_target_without_labels_has_the_classes_of_the_model(handed_over, recwa
         start(place, None, "target.npz")
 
 
+def test_an_adapted_model_predicts_when_the_file_of_the_source_has_gone(handed_over, capsys):
+    place, _ = handed_over
+    np.savez(place / "bare.npz", b_x=np.load(place / "target.npz")["b_x"])
+    shutil.copy(place / "source.ckpt", place / "lent.ckpt")
+    words = [f"--data.reader.init_args.path={place / 'bare.npz'}", f"--model.init_from={place / 'lent.ckpt'}"]
+    assert adapted(place, "lent", {"class_path": "SHOT"}, *words, "--trainer.max_epochs=1") == 0
+    (place / "lent.ckpt").unlink()
+    assert main(["predict", f"--ckpt_path={place / 'lent' / 'checkpoints' / 'last.ckpt'}"]) == 0
+    assert len((place / "lent" / "predictions.csv").read_text().splitlines()) == 321
+
+
 @pytest.mark.parametrize(
     ("file", "message"),
     [([1], "holds no weights"), ({"state_dict": {}}, "holds no weights"), (None, "NaN or infinite weights.*head.bias")],

@@ -207,8 +207,11 @@ class Experts(uda.Plugin):
             )
         try:
             seen = nn.Sequential(look, net.backbone)
-            return domain_feature_size(seen, {model.target_name: model.input_shape}, model.target_name)
-        except uda.UDAError as error:
+            width = domain_feature_size(seen, {model.target_name: model.input_shape}, model.target_name)
+            with torch.no_grad():
+                net.bottleneck.eval()(torch.zeros(1, width))  # a larger image may give more features
+            return width
+        except (uda.UDAError, RuntimeError) as error:
             raise uda.UDAError(
                 f"{name}: {path!r} was trained on inputs of shape {net.input_shape} and refuses those of this run, "
                 f"{list(model.input_shape)}; say under inputs what it takes (size, channels). {error}"
