@@ -280,6 +280,7 @@ def test_metrics_go_on_after_a_resume(tmp_path: Path) -> None:
     assert [(r["a"], r["b"], r["step"]) for r in rows] == [("0", "", "0"), ("1", "", "1"), ("", "9.0", "2")]
 
 
+@pytest.mark.slow
 def test_adapting_plugins_turn_inference_mode_off(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

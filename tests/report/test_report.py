@@ -115,6 +115,7 @@ def made(*argv: object) -> Page:
     return page
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_objectives_without_a_logger(runs: Path) -> None:
     rows = read_history(runs / "dann" / "seed0")
     assert [r["step"] for r in rows] == [6, 12, 18]
@@ -140,6 +141,7 @@ def test_means_and_history_files(tmp_path: Path) -> None:
     assert read_history(tmp_path / "none") == []
 
 
+@pytest.mark.slow
 def test_one_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "page.html"
     drawn = runs / "plain" / "seed0" / "memory" / "held.png"  # as a method leaves one
@@ -191,6 +193,7 @@ def test_an_unlabelled_target_leaves_label_parts_out(runs: Path, tmp_path: Path)
     assert main(["report", str(runs / "bare"), "--out", str(tmp_path / "y.html"), "--checkpoint", "oracle"]) == 2
 
 
+@pytest.mark.slow
 def test_the_model_says_again_what_the_run_wrote(runs: Path) -> None:
     run = read_run(runs / "dann" / "seed0")
     evaluate(run, "last", "cpu")
@@ -204,6 +207,7 @@ def test_the_model_says_again_what_the_run_wrote(runs: Path) -> None:
     assert best["oracle/target_accuracy"] == pytest.approx(run.summary["target_accuracy"]["oracle"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_worst_mistakes_are_shown_as_pictures(runs: Path, tmp_path: Path) -> None:
     run = read_run(runs / "bare")
     evaluate(run, "last", "cpu")
@@ -235,6 +239,7 @@ def test_priors_find_a_known_shift() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_slips(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plain = str(runs / "plain" / "seed0")

@@ -184,6 +184,7 @@ CASES = [
 IDS = ["DANN", "CDAN", "CDAN+E"]
 
 
+@pytest.mark.slow
 def test_the_widest_case_goes_through_a_run():
     cls, init_args = CASES[-1]
     assert check_plugin(cls, init_args=init_args, ddp=False).objectives == ["domain"]

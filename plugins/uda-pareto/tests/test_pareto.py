@@ -259,6 +259,7 @@ CASES = [
 IDS = [c.__name__ for c, _ in CASES]
 
 
+@pytest.mark.slow
 def test_pareto_goes_through_a_run():
     check_plugin(ParetoDA, init_args=SMALL, ddp=False)
 

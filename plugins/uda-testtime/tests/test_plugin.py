@@ -15,6 +15,7 @@ import uda
 from uda.testing import TinyTask, check_plugin
 
 
+@pytest.mark.slow
 def test_lifecycle():
     # several batches a pass: TENT's first prediction is made before its first update
     given = {"method": "TENT", "arguments": {"lr": 0.05}}

@@ -56,6 +56,7 @@ def checkpoint(folder, seed):
     return str(folder / str(seed) / "checkpoints" / "last.ckpt")
 
 
+@pytest.mark.slow
 def test_from_checkpoints_to_figures(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     a, b = checkpoint(runs, 0), checkpoint(runs, 1)

@@ -318,7 +318,10 @@ def test_bad_arguments(make):
 # --------------------------------------------------------------------------------------------------- lifecycle
 
 
-@pytest.mark.parametrize("name", ["deepjdot", "jumbot", "sinkhorn", "sliced"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("jumbot", "sinkhorn", "sliced")]
+
+
+@pytest.mark.parametrize("name", ["deepjdot", *SLOW])
 def test_plugin(name):
     cls, init_args = LOSSES[name]
     report = check_plugin(cls, init_args=init_args, sources=2 if name == "deepjdot" else 1, ddp=False)

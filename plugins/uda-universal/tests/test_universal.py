@@ -129,6 +129,7 @@ def test_ovanet_finds_unknown_classes():
     assert not torch.allclose(next(model.head.parameters()), next(other.head.parameters()), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dance_moves_entropies_away_from_the_threshold():
     undecided = []
     for weight in (0.0, 0.3):
