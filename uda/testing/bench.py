@@ -83,6 +83,7 @@ class Bench:
     backbone: Callable[[], nn.Module] | None = None
     folder: str = field(default_factory=tempfile.gettempdir)
     hooks: list[str] = field(init=False)
+    kept: Any = field(init=False, default=None, repr=False)  # of uda.testing.undisturbed
 
     def __post_init__(self) -> None:
         self.hooks = hooks_of(self.cls)
@@ -93,6 +94,9 @@ class Bench:
                 self.partners = {"partner": describe(MeanGap())}
             elif "pseudo_label" in self.hooks and not objectives:
                 self.partners = {"partner": describe(LabelUser())}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}  # other processes make their own run
 
     @property
     def manual(self) -> bool:

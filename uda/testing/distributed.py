@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from uda.testing.bench import Bench
 from uda.testing.report import CheckFailed, Report
 
 WORLD = 2
+_TOO_LONG = "it had not finished after {:g} s: one process waits for the other"
 
 
 def _free_port() -> int:
@@ -57,25 +60,53 @@ def _payload(benches: Sequence[Bench], folder: Path) -> Path:
     return path
 
 
+def _environment() -> dict[str, str]:
+    """That of a rank, without its number and without what a cluster says of another job."""
+    other = ("SLURM_", "TORCHELASTIC_", "PMI_", "OMPI_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(other)}
+    env |= {
+        "NODE_RANK": "0", "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    return {k: v for k, v in env.items() if k not in ("PYTEST_CURRENT_TEST", "LOCAL_RANK", "RANK")}
+
+
 def _launch(payload: Path, timeout: float) -> tuple[str, list[str]]:
     """Run both processes; gives what went wrong (``""`` for nothing) and the end of each one's output."""
-    port, folder = _free_port(), payload.parent
-    logs = [folder / f"log{rank}.txt" for rank in range(WORLD)]
-    processes = []
-    for rank in range(WORLD):
-        env = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(("SLURM_", "TORCHELASTIC_", "PMI_", "OMPI_"))
-        }
-        env |= {
-            "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "RANK": str(rank),
-        }  # fmt: skip
-        env.pop("PYTEST_CURRENT_TEST", None)
-        with logs[rank].open("wb") as log:
-            command = [sys.executable, "-m", "uda.testing.rank", str(payload)]
-            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    logs = [payload.parent / f"log{rank}.txt" for rank in range(WORLD)]
+    command = [sys.executable, "-m", "uda.testing.rank", str(payload)]
+    wrong, failed = (_forked if hasattr(os, "fork") else _spawned)(command, logs, timeout)
+    if failed and not wrong:
+        wrong = f"process {failed[0]} failed"
+    order = failed + [r for r in range(WORLD) if r not in failed]
+    return wrong, [logs[r].read_text(errors="replace")[-2500:] if logs[r].is_file() else "" for r in order]
+
+
+def _forked(command: list[str], logs: list[Path], timeout: float) -> tuple[str, list[int]]:
+    """One process imports for both and forks: the imports are most of the time of a check."""
+    with logs[0].open("wb") as log:
+        process = subprocess.Popen(
+            [*command, *map(str, logs)], env=_environment(), stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        code = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return _TOO_LONG.format(timeout), []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return "", [] if code == 0 else [max(code - 10, 0)]
+
+
+def _spawned(command: list[str], logs: list[Path], timeout: float) -> tuple[str, list[int]]:
+    """A process a rank, where there is no fork."""
+    env, processes = _environment(), []
+    for rank, path in enumerate(logs):
+        with path.open("wb") as log:
+            mine = {**env, "LOCAL_RANK": str(rank), "RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=mine, stdout=log, stderr=subprocess.STDOUT))
     wrong, end = "", time.monotonic() + timeout
     try:
         while any(p.poll() is None for p in processes):
@@ -83,7 +114,7 @@ def _launch(payload: Path, timeout: float) -> tuple[str, list[str]]:
                 time.sleep(2)
                 break
             if time.monotonic() > end:
-                wrong = f"it had not finished after {timeout:g} s: one process waits for the other"
+                wrong = _TOO_LONG.format(timeout)
                 break
             time.sleep(0.05)
     finally:
@@ -91,11 +122,7 @@ def _launch(payload: Path, timeout: float) -> tuple[str, list[str]]:
             if p.poll() is None:
                 p.kill()
             p.wait()
-    failed = [rank for rank, p in enumerate(processes) if p.returncode > 0]
-    if failed and not wrong:
-        wrong = f"process {failed[0]} failed"
-    order = failed + [r for r in range(WORLD) if r not in failed]
-    return wrong, [logs[r].read_text(errors="replace")[-2500:] for r in order]
+    return wrong, [rank for rank, p in enumerate(processes) if p.returncode > 0]
 
 
 def ddp(bench: Bench, report: Report, timeout: float = 180.0) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,19 +13,7 @@ from uda.step import Step
 from uda.testing.bench import BATCH, EPOCHS, KEY, STEPS, Bench, difference, state_of
 from uda.testing.fitness import plain_attributes
 from uda.testing.report import CheckFailed, Report
-
-
-class _SaveAt(L.Callback):
-    """Saves checkpoints after given batches, counted over the whole run."""
-
-    def __init__(self, folder: str, batches: tuple[int, ...]) -> None:
-        self.folder, self.batches, self.paths = folder, batches, dict[int, str]()
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        if done in self.batches:
-            self.paths[done] = str(Path(self.folder) / f"batch{done}.ckpt")
-            trainer.save_checkpoint(self.paths[done])
+from uda.testing.undisturbed import record, undisturbed
 
 
 def _not_saved(bench: Bench, model: Any) -> str:
@@ -44,11 +31,8 @@ def _not_saved(bench: Bench, model: Any) -> str:
 
 def resume(bench: Bench, report: Report) -> None:
     """A run resumed from a checkpoint in mid-epoch equals the undisturbed run bit for bit."""
-    whole = bench.built()
-    saver = _SaveAt(bench.folder, (STEPS - 1, STEPS + 2))
-    bench.train(whole, callbacks=[saver])
-    expected = state_of(whole)
-    for batch, path in saver.paths.items():
+    whole, expected, _, checkpoints = undisturbed(bench)
+    for batch, path in checkpoints.items():
         resumed = bench.built()
         try:
             bench.train(resumed, ckpt_path=path)
@@ -75,12 +59,9 @@ def resume(bench: Bench, report: Report) -> None:
 
 def no_label_leak(bench: Bench, report: Report) -> None:
     """Permuted target labels change no trained weight, bit for bit."""
-    states = []
-    for permute in (0, 1):
-        model = bench.built()
-        bench.train(model, permute=permute)
-        states.append(state_of(model))
-    if wrong := difference(*states):
+    model = bench.built()
+    bench.train(model, permute=1)
+    if wrong := difference(undisturbed(bench).state, state_of(model)):
         raise CheckFailed(
             bench.cls.__name__,
             "no_label_leak",
@@ -91,20 +72,9 @@ def no_label_leak(bench: Bench, report: Report) -> None:
         )
 
 
-def record(bench: Bench, model: Any, **options: Any) -> list[dict[str, float]]:
-    """Objectives of each step of a short training."""
-    seen: list[dict[str, float]] = []
-    model.onlooker = lambda step: seen.append({k: float(v.detach()) for k, v in step.objectives.items()})
-    try:
-        bench.train(model, **options)
-    finally:
-        model.onlooker = None
-    return seen
-
-
 def precision(bench: Bench, report: Report, tolerance: float = 0.1) -> None:
     """bf16-mixed runs, stays finite, and starts from float32's objectives."""
-    full = record(bench, bench.built())
+    full = undisturbed(bench).objectives
     try:
         half = record(bench, bench.built(), precision="bf16-mixed")
     except Exception as error:
