@@ -102,8 +102,8 @@ class BA3US(ClassWeighted, Adversary):
         reversal: float = 1.0,
         hidden: int = 1024,
         layers: int = 2,
-        batch_norm: bool = True,
-        dropout: float = 0.0,
+        batch_norm: bool = False,
+        dropout: float = 0.5,
         lr_scale: float = 1.0,
     ) -> None:
         Adversary.__init__(self, weight, gamma, reversal, hidden, layers, batch_norm, dropout, lr_scale)
