@@ -150,7 +150,7 @@ class UDACLI(LightningCLI):
         self.config_init = instantiated(self.parser, self.config)
         self.datamodule, self.model = (self._get(self.config_init, part) for part in ("data", "model"))
         if self.run.resumed and not self.datamodule.source_names:  # what the run began from may be gone by now
-            self.model._init_from = self.run.resumed
+            self.model.init_from = self.run.resumed
         self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

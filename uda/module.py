@@ -99,7 +99,8 @@ class UDA(EvaluationLoop):
         self.score_options = ScoreOptions.make(scores, score_options)
         self.manual_clip, self.manual_accumulate = manual_clip, manual_accumulate
         self._optimizer, self._schedule, self._backbone_lr_scale = optimizer, schedule, backbone_lr_scale
-        self._init_from, self._compile = init_from, compile_backbone
+        self._compile = compile_backbone
+        self.init_from = init_from  # until its weights are taken; None from then on, and in a run that resumed
         self.started = False  # from trained weights: of init_from, of a checkpoint, or that a plugin brings
         self._head_spec = (bottleneck, bottleneck_norm, bottleneck_dropout, head)
         self.joint_forward = forward_mode == "joint" and getattr(self.backbone, "joint_forward", True)
@@ -128,9 +129,9 @@ class UDA(EvaluationLoop):
             if self.num_classes is None or self.input_shape is None:
                 raise UDAError("num_classes and input_shape are unknown: fit with a uda.DataModule, or give both.")
             self._build()
-        if trainer is not None and self._init_from:
-            checkpointing.init_from(self, self._init_from)
-            self._init_from = None
+        if trainer is not None and self.init_from:
+            checkpointing.init_from(self, self.init_from)
+            self.init_from = None
 
     def _build(self) -> None:
         width, norm, dropout, head = self._head_spec
@@ -283,7 +284,7 @@ class UDA(EvaluationLoop):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what does not fit, by name; the weights that training began with are not asked for again."""
-        self._init_from, self.started = None, True
+        self.init_from, self.started = None, True
         self.base_seed = checkpoint.get("uda", {}).get("base_seed", self.base_seed)
         if self.feature_dim is not None:
             checkpointing.check_resume(self, checkpoint["state_dict"])

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     model, datamodule = built(rest, args.backbone)
     from uda.shift.inspect import inspect_shift
 
-    path = args.checkpoint or model._init_from or ""
+    path = args.checkpoint or model.init_from or ""
     trained = loaded(path) if path else None
     model.backbone.to(device())
     options = {k: getattr(args, k) for k in ("max_samples", "held_out", "near", "seed", "permutations", "draws")}

@@ -82,7 +82,7 @@ class KnownDomains:
         if model is None or self.source_names or target.labels is not None:
             return None
         brought = [path for plugin in getattr(model, "plugins", {}).values() for path in plugin.start_files()]
-        for path in [getattr(model, "_init_from", None), *brought]:
+        for path in [getattr(model, "init_from", None), *brought]:
             if path and (names := (read_start(path).get("hyper_parameters") or {}).get("class_names")):
                 return as_split({"known": list(names)})
         return None

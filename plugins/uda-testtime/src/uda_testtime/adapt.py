@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     from uda.run.directory import check_exists, run_of_checkpoint
 
     model, datamodule = built(rest, None, "adapt")
-    if not (path := model._init_from):
+    if not (path := model.init_from):
         raise UDAError("uda adapt needs the source model: --model.init_from=CKPT")
     check_exists(path)
     plugin = _plugin(model)
