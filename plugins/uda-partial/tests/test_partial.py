@@ -98,6 +98,37 @@ def test_discriminators_and_selective_loss_by_loops():
         assert float(selective_loss(logits, domain, p, w).detach()) == pytest.approx(total / 6, rel=1e-6)
 
 
+@pytest.mark.parametrize("progress", [0.0, 0.3])
+def test_objective_of_san_by_loops(progress):
+    """Both halves, each discriminator's reversal, and an entropy that grows with it."""
+    torch.manual_seed(1)
+    plugin = SAN(weight=0.2, entropy_weight=0.4, gamma=5.0, **SMALL)
+    plugin.build(SimpleNamespace(num_classes=3, feature_dim=4))
+    plugin.eval()
+    plugin.class_weight.copy_(torch.tensor([1.5, 1.2, 0.3]))
+    fs, ft = torch.randn(5, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    zs, zt = torch.randn(5, 3), torch.randn(6, 3)
+    step = SimpleNamespace(
+        progress=progress, pooled={"features": fs, "logits": zs}.get, target=SimpleNamespace(features=ft, logits=zt)
+    )
+    plugin.log_later = lambda **_: None
+    found = plugin.align_features(step)["domains"]
+    grown = 2 / (1 + math.exp(-5 * progress)) - 1
+    total, entropy = 0.0, 0.0
+    for sign, f, z in ((-1, fs, zs), (1, ft, zt)):
+        d = plugin.discriminators(f).detach().numpy()
+        for i, row in enumerate(z.numpy()):
+            p = softmax(row)
+            total += sum(float(plugin.class_weight[k]) * p[k] * softplus(sign * d[i, k]) for k in range(3)) / len(z) / 2
+            entropy -= sum(v * math.log(v) for v in p) / 6 if sign == 1 else 0
+    assert float(found.detach()) == pytest.approx(0.2 * total, rel=1e-5)
+    assert float(plugin.refine_classifier(step)["entropy"]) == pytest.approx(0.4 * grown * entropy, rel=1e-5, abs=1e-9)
+    (reversed_,) = torch.autograd.grad(found, ft, retain_graph=True)
+    ways = selective_loss(plugin.discriminators(ft), 0.0, zt.softmax(1), plugin.class_weight)
+    (straight,) = torch.autograd.grad(ways, ft)
+    torch.testing.assert_close(reversed_, -grown * 0.1 * straight)
+
+
 @pytest.mark.parametrize("mean", ["batch", "both", "weighted"])
 def test_domain_objective_of_pada_by_loops(mean):
     plugin = refreshed(PADA(weight=0.5, domain_mean=mean, **SMALL), torch.tensor([[1.0, 0.0, -2.0]]))

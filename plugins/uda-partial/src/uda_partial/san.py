@@ -61,26 +61,30 @@ class SAN(ClassEstimate):
     ``weight * 1/2 [E_s + E_t]`` with ``E = mean_i sum_k w_k p_ik BCE(D_k(f_i), domain)``, ``p`` the class
     probabilities and ``w_k`` their mean over the target, behind gradient reversal (Cao et al. 2018): the sample weight
     chooses the discriminators, the class weight turns those of absent classes off. The target's entropy is minimised as
-    well.
+    well, at a weight that grows as the reversal does.
+
+    Numbers are those of the authors' first release (Caffe, Office-31). Their later one (PyTorch) is another objective:
+    ``D_k`` sees ``p_ik f_i``, all samples count alike, and class weights scale the reversal alone.
 
     Args:
-        weight: of the adversarial objective.
-        entropy_weight: of the target's entropy (the paper's equation has 1, which on small data ends in few classes).
+        weight: of the adversarial objective. entropy_weight: of the target's entropy, finally (the paper's equation has
+            1, which on small data ends in few classes).
         temperature, normalise, warmup, every: as in :class:`~uda_partial.weights.ClassWeights`. ``mean`` is the paper's
-            weight times the number of classes, which keeps the size of the objective.
+            weight times the number of classes, as the authors have it, which keeps the size of the objective.
         gamma, reversal: as in :class:`~uda_adversarial.adversary.Adversary`.
-        hidden, layers, dropout: each discriminator.
+        hidden, layers, dropout: each discriminator (the authors: two layers of 1024 for Office-31, one of 256 for
+            Caltech-256, none for ImageNet).
         lr_scale: learning rate of the discriminators relative to the head's.
     """
 
     search_space: ClassVar[dict[str, Any]] = {
-        "weight": (0.1, 3.0, "log"), "entropy_weight": (0.01, 1.0, "log"), "hidden": [64, 256, 1024],
+        "weight": (0.03, 1.0, "log"), "entropy_weight": (0.01, 1.0, "log"), "hidden": [64, 256, 1024],
     }  # fmt: skip
 
     def __init__(
         self,
-        weight: float = 1.0,
-        entropy_weight: float = 0.1,
+        weight: float = 0.1,
+        entropy_weight: float = 0.05,
         temperature: float = 1.0,
         normalise: str = "mean",
         warmup: float = 0.1,
@@ -88,7 +92,7 @@ class SAN(ClassEstimate):
         gamma: float = 10.0,
         reversal: float = 1.0,
         hidden: int = 1024,
-        layers: int = 1,
+        layers: int = 2,
         dropout: float = 0.5,
         lr_scale: float = 1.0,
     ) -> None:
@@ -114,10 +118,14 @@ class SAN(ClassEstimate):
         """The discriminators at their own rate."""
         return [{"name": self.key, "params": self.discriminators.parameters(), "lr_scale": self.lr_scale}]
 
+    def grown(self, step: uda.Step) -> float:
+        """How far reversal and entropy have grown, in [0, 1]."""
+        return warm_start(step.progress, self.gamma)
+
     @uda.hookimpl
     def align_features(self, step: uda.Step) -> dict[str, Tensor]:
         """All discriminators on both domains."""
-        coefficient = self.reversal * warm_start(step.progress, self.gamma)
+        coefficient = self.reversal * self.grown(step)
         losses = []
         for domain, features, logits in (
             (1.0, step.pooled("features"), step.pooled("logits")),
@@ -132,4 +140,6 @@ class SAN(ClassEstimate):
     @uda.hookimpl
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
         """Entropy of the target."""
-        return {"entropy": self.entropy_weight * mean_entropy(step.target.logits)} if self.entropy_weight else {}
+        if not self.entropy_weight:
+            return {}
+        return {"entropy": self.entropy_weight * self.grown(step) * mean_entropy(step.target.logits)}
