@@ -65,6 +65,10 @@ def test_the_setting_is_that_of_the_classes(classes, setting):
         ({"classes": {"known": ["1", "2"], "source_private": ["2"]}}, "again in"),
         ({"classes": {"known": ["1"], "source_private": ["2"], "target_private": ["2"]}}, "no sample in the target"),
         ({"classes": {"known": ["1", "12"]}}, "'12'"),
+        ({"classes": {"known": 3.0}}, "list of class names"),
+        ({"classes": {"known": [["1", "2"]]}}, "list of class names"),
+        ({"classes": {"known": None}}, "known is needed"),
+        ({"classes": 5}, "known is needed"),
         ({"classes": "office31_univrsal"}, "office31_universal"),
         ({"classes": "visda_open"}, "which is not in"),
     ],
@@ -72,6 +76,22 @@ def test_the_setting_is_that_of_the_classes(classes, setting):
 def test_refused(given, words):
     with pytest.raises(uda.UDAError, match=words):
         _ = digits(**given).task
+
+
+def test_what_is_missing_is_told_apart(tmp_path):
+    """A number where classes have names, one bare name, and a known class that the target lacks."""
+    path, x = tmp_path / "d.npz", np.zeros((4, 2), dtype=np.float32)
+    np.savez(path, a_x=x, a_y=[0, 1, 2, 0], b_x=x, b_y=[1, 2, 1, 2], classes=np.array(["cat", "cow", "dog"]))
+
+    def made(**classes):
+        return DataModule(Arrays(path, kind="features"), "a", "b", classes=classes).task
+
+    assert made(known="Cow", source_private="cat").space.class_names == ["cow", "cat"]
+    with pytest.raises(uda.UDAError, match=r"'1'.*Classes are named here.*known: 3"):
+        made(known=[1, 2])
+    with pytest.raises(uda.UDAError, match="'cat', which is not in target 'b'") as told:
+        made(known=["cat", "cow"])
+    assert "mean 'cat'" not in str(told.value)
 
 
 def test_as_they_occur():
@@ -201,6 +221,25 @@ def private_labels_choose_no_weight(plugins, tmp_path, quiet_trainer):
 
 def test_private_labels_choose_no_weight(tmp_path, quiet_trainer):
     private_labels_choose_no_weight(lambda: {"r": uda.Reject()}, tmp_path, quiet_trainer)
+
+
+def test_private_labels_to_anything_choose_no_weight(tmp_path, quiet_trainer):
+    """Classes as they occur: private samples may be called a new class, a known one, or none of the target at all."""
+    draw = np.random.default_rng(0)
+    y = {"a": np.arange(60) % 4, "b": np.concatenate([np.arange(40) % 3, np.full(20, 4)])}
+    x = {d: draw.normal(size=(60, 6)).astype(np.float32) + 2 * np.eye(6)[y[d]] for d in y}
+    weights = []
+    for private in (4, 5, 0, 3, None):
+        target = {} if private is None else {"b_y": np.where(y["b"] == 4, private, y["b"])}
+        np.savez(tmp_path / f"{private}.npz", a_x=x["a"], a_y=y["a"], b_x=x["b"], **target)
+        reader = Arrays(tmp_path / f"{private}.npz", kind="features")
+        data = DataModule(reader, "a", "b", batch_size=8, epoch_steps=3, seed=0, setting="universal")
+        torch.manual_seed(0)
+        model = uda.UDA("mlp", {"r": uda.Reject(split=True)}, bottleneck=8)
+        quiet_trainer(max_epochs=2).fit(model, data)
+        weights.append({k: v.clone() for k, v in model.state_dict().items()})
+    for other in weights[1:]:
+        assert all(torch.equal(v, other[k]) for k, v in weights[0].items())
 
 
 @pytest.mark.slow

@@ -29,9 +29,8 @@ class ClassSplit:
     target_private: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # YAML reads a bare 3 as a number; class names are text.
         for key in ("known", "source_private", "target_private"):
-            object.__setattr__(self, key, [str(n) for n in getattr(self, key) or []])
+            object.__setattr__(self, key, _names(key, getattr(self, key)))
         if not self.known:
             raise UDAError("classes.known is empty: source and target must share at least one class")
         seen: dict[str, str] = {}
@@ -42,6 +41,15 @@ class ClassSplit:
                     why = ": a source-private class has no sample in the target" if both else ""
                     raise UDAError(f"class {name!r} is in classes.{seen[name]} and again in classes.{key}{why}")
                 seen[name] = key
+
+
+def _names(key: str, given: object) -> list[str]:
+    """A list of names as text; one bare name is a list of it."""
+    given = [] if given is None else [given] if isinstance(given, str) else given
+    plain_items = isinstance(given, Sequence) and all(isinstance(n, str | int | float) for n in given)
+    if not plain_items:
+        raise UDAError(f"classes.{key} must be a list of class names, or a whole number of classes, not {given!r}")
+    return [str(n) for n in given]  # YAML reads a bare 3 as a number
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,10 @@ def _check_split(
     ):
         for name in wanted if asked else ():
             if name not in present and not (allow_missing and name in named):
-                raise UDAError(
-                    f"classes.{key} names {name!r}, which is not in {where}. {nearest(name, present | in_sources)}"
-                )
+                raise UDAError(f"classes.{key} names {name!r}, which is not in {where}. {_help(key, name, present)}")
+
+
+def _help(key: str, name: str, present: set[str]) -> str:
+    if name.isdecimal() and not any(n.isdecimal() for n in present):
+        return f"Classes are named here ({', '.join(sorted(present)[:3])}, ...); for a number of them give {key}: 3."
+    return nearest(name, present)

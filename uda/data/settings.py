@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +64,11 @@ def as_split(classes: ClassSplit | ClassCounts | dict | str | None) -> ClassSpli
         return published(classes)
     if classes is None or isinstance(classes, ClassSplit | ClassCounts):
         return classes
-    if set(classes) - set(_KEYS) or "known" not in classes:
+    if not isinstance(classes, Mapping) or set(classes) - set(_KEYS) or classes.get("known") is None:
+        shown = sorted(map(str, classes)) if isinstance(classes, Mapping) else repr(classes)
         raise UDAError(
             "data.classes takes known, source_private and target_private (known is needed): names, or numbers of "
-            f"classes with a seed; or it is the name of a published split. Not {sorted(classes)}"
+            f"classes with a seed; or it is the name of a published split. Not {shown}"
         )
     given: dict[str, Any] = {k: v for k, v in classes.items() if v is not None}
     numbers = [k for k in _KEYS[:3] if isinstance(given.get(k), int)]
