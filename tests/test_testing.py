@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 import uda
-from uda.testing import CHECKS, CheckFailed, PluginWarning, check_plugin, check_plugins_ddp
+from uda.testing import CHECKS, CheckFailed, PluginWarning, check_plugin, check_plugins_ddp, forks
 
 HERE = Path(__file__).parent
 
@@ -53,7 +56,7 @@ def test_broken_plugin_passes_the_checks_before(cls):
 @pytest.mark.parametrize("cls", broken.BROKEN_UNDER_DDP, ids=lambda c: c.__name__)
 def test_broken_under_two_processes(cls):
     with pytest.raises(CheckFailed, match=broken.BROKEN_UNDER_DDP[cls]) as caught:
-        check_plugin(cls, only=["ddp"], ddp_timeout=25 if cls is broken.WaitsForEver else 180)
+        check_plugin(cls, only=["ddp"], ddp_timeout=4 if cls is broken.WaitsForEver else 180)
     assert caught.value.check == "ddp"
 
 
@@ -72,7 +75,9 @@ def test_sound_plugin_passes(cls):
 
 
 @pytest.mark.slow
-def test_sound_plugin_passes_under_two_processes():
+def test_sound_plugin_passes_under_two_processes_that_are_no_forks_of_this_one(monkeypatch):
+    """As beside an accelerator, or on another system than Linux."""
+    monkeypatch.setattr(forks, "can_fork", lambda: False)
     assert check_plugin(sound.TeacherAndBank, only=["ddp"]).passed == ["ddp"]
 
 
@@ -83,6 +88,22 @@ def test_several_plugins_share_a_pair_of_processes():
     with pytest.raises(CheckFailed, match=message) as caught:
         check_plugins_ddp([(sound.TwoPhases, {}), (wrong, {}), (sound.TeacherAndBank, {})])
     assert caught.value.plugin == wrong.__name__
+
+
+def second_dies(text):
+    print(text, os.environ["LOCAL_RANK"])
+    if os.environ["LOCAL_RANK"] == "1":
+        sys.stdout.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_other(tmp_path):
+    wrong, outputs = forks.run_ranks(second_dies, "this is rank", folder=tmp_path)
+    assert wrong == "process 1 failed"
+    assert outputs[0].strip() == "this is rank 1"
+    assert all(k not in os.environ for k in ("LOCAL_RANK", "WORLD_SIZE"))
 
 
 @pytest.mark.parametrize("sources", [1, 2])

@@ -62,7 +62,7 @@ def check_plugin(
     precision_tolerance: float = 0.1,
     ddp_timeout: float = 180.0,
 ) -> Report:
-    """Check a plugin on a generated task: seconds, or about twenty with ``ddp``.
+    """Check a plugin on a generated task, in seconds (some more for ``ddp`` where processes cannot be forked).
 
     Args:
         cls: the plugin class.
@@ -127,7 +127,7 @@ def check_plugin(
 
 
 def check_plugins_ddp(cases: Iterable[tuple[type[Plugin], Mapping[str, Any]]], timeout: float = 180.0) -> None:
-    """The check ``ddp`` of several plugins in one pair of processes: their start is paid once.
+    """The check ``ddp`` of several plugins in one pair of processes.
 
     Args:
         cases: plugin class, and those arguments of :func:`check_plugin` that make the task: ``init_args``,

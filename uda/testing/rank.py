@@ -1,7 +1,4 @@
-"""The processes of the distributed check: ``python -m uda.testing.rank <payload> <logs>`` imports, and forks a pair.
-
-With LOCAL_RANK set it is one of them itself (where there is no fork).
-"""
+"""What each process of the distributed check does."""
 
 from __future__ import annotations
 
@@ -11,10 +8,7 @@ import importlib.util
 import json
 import os
 import pickle
-import signal
 import sys
-import time
-import traceback
 import types
 from pathlib import Path
 from typing import Any
@@ -88,49 +82,3 @@ def main(payload: str) -> None:
         strategy = "ddp_find_unused_parameters_true" if case["unused"] else "ddp"
         bench.train(bench.built(), devices=2, strategy=strategy, callbacks=[seen])
         Path(f"{case['out']}{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(seen.batches))
-
-
-def child(payload: str, log: str, rank: int) -> int:
-    """Fork a rank that writes to ``log``; gives its process id."""
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank)}
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        main(payload)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def together(payload: str, logs: list[str]) -> int:
-    """Run all ranks; where one fails, its partner, which would wait for ever, is stopped soon after.
-
-    Returns:
-        0, or 10 more than the rank that failed first.
-    """
-    ranks = {child(payload, log, rank): rank for rank, log in enumerate(logs)}
-    failed = None
-    while ranks:
-        pid, status = os.wait()
-        rank = ranks.pop(pid)
-        if status and failed is None:
-            failed = rank
-            time.sleep(2)  # it may end by itself
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
-    return 0 if failed is None else 10 + failed
-
-
-if __name__ == "__main__":
-    if "LOCAL_RANK" in os.environ:
-        main(sys.argv[1])
-    else:
-        sys.exit(together(sys.argv[1], sys.argv[2:]))
