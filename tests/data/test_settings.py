@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +138,29 @@ def test_published_splits():
         total = len(p.split.known + p.split.source_private + p.split.target_private)
         assert total <= next(n for k, n in sizes.items() if name.startswith(k))
         assert p.used_by
+
+
+def test_domainnet_has_two_orders():
+    """The data set's own lists count by letters alone, and number the capitals' classes 308 to 310."""
+    lists, capitals = (PUBLISHED[n].split for n in ("domainnet_universal", "domainnet_universal_capitals"))
+    order = lists.known + lists.source_private + lists.target_private
+    assert order[:2] == ["aircraft_carrier", "airplane"]
+    assert order.index("The_Eiffel_Tower") == 308
+    assert order.index("t-shirt") == 327
+    assert order.index("cello") < order.index("cell_phone")
+    assert sorted(order) == DOMAINNET == capitals.known + capitals.source_private + capitals.target_private
+    assert set(capitals.known) - set(lists.known) == set(DOMAINNET[:3])
+    assert set(lists.known) - set(capitals.known) == {"horse", "hospital", "hot_air_balloon"}
+
+
+def test_the_page_lists_the_published_splits():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "settings.md").read_text()
+    starts = tuple(f"| `{data}_" for data in ("office31", "office_home", "visda", "domainnet"))
+    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith(starts)}
+    assert rows.keys() == {f"`{n}`" for n in PUBLISHED}
+    for name, p in PUBLISHED.items():
+        counts = " / ".join(str(len(c)) for c in (p.split.known, p.split.source_private, p.split.target_private))
+        assert rows[f"`{name}`"] == f"| `{name}` | {counts} | {p.used_by} | {p.note} |"
 
 
 def test_names_are_found_in_other_spellings():
