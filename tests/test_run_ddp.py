@@ -1,16 +1,19 @@
-"""``uda fit`` and ``uda predict`` on two processes that Lightning starts itself."""
+"""``uda fit`` and ``uda predict`` on two processes."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from uda.testing import forks
 
 CONFIG = {
     "model": {
@@ -29,24 +32,32 @@ CONFIG = {
 }
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "uda.cli", *words]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+def at(folder: Path, words: list[str]) -> None:
+    """``uda WORDS`` there, as one of two processes; leaves its exit code."""
+    os.chdir(folder)
+    try:
+        forks.command(words)
+    except SystemExit as end:
+        (folder / f"code{os.environ['LOCAL_RANK']}").write_text(str(end.code))
+        raise
 
 
 @pytest.mark.slow
 def test_two_processes_share_a_run_directory_and_write_all_predictions(tmp_path: Path) -> None:
+    """The fit is started by hand, and Lightning starts its second process; the prediction's are there already."""
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(CONFIG))
-    done = run(tmp_path, "fit", "--config", "two.yaml")
+    command = [sys.executable, "-m", "uda.cli", "fit", "--config", "two.yaml"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [p.name for p in (tmp_path / "runs" / "two").iterdir()] == ["seed0"]
     made = tmp_path / "runs" / "two" / "seed0"
     summary = json.loads((made / "summary.json").read_text())
     assert (summary["world_size"], summary["steps"]) == (2, 8)
     assert done.stdout.count("target, selected") == 1
-    done = run(tmp_path, "predict", "--ckpt_path", str(made / "checkpoints" / "selected.ckpt"))
-    assert done.returncode == 0, done.stderr
+    words = ["predict", "--ckpt_path", str(made / "checkpoints" / "selected.ckpt")]
+    wrong, outputs = forks.run_ranks(at, tmp_path, words, folder=tmp_path)
+    assert not wrong, outputs
     with (made / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(r["index"]) for r in rows] == list(range(65))
@@ -56,8 +67,11 @@ def test_two_processes_share_a_run_directory_and_write_all_predictions(tmp_path:
 @pytest.mark.slow
 def test_an_error_on_two_processes_ends_both(tmp_path: Path) -> None:
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(CONFIG))
-    done = run(tmp_path, "fit", "--config", "two.yaml", "--data.batch_size=64")
-    assert done.returncode == 2
-    assert "data.batch_size" in done.stderr
-    assert "Traceback" not in done.stderr
+    words = ["fit", "--config", "two.yaml", "--data.batch_size=64"]
+    wrong, outputs = forks.run_ranks(at, tmp_path, words, folder=tmp_path)
+    assert re.fullmatch(r"process \d failed", wrong)
+    assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+    for output in outputs:
+        assert "data.batch_size" in output
+        assert "Traceback" not in output
     assert not (tmp_path / "runs").exists()

@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from uda.testing import forks
+
 CALLBACK = '''
 import os, signal
 import lightning as L
@@ -54,10 +56,9 @@ CONFIG = {
 
 
 def run(folder: Path, *words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    env = {**clean, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", **(environment or {})}
-    command = [sys.executable, "-m", "uda.cli", "fit", *words]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    """``uda fit WORDS`` in a fork, which has the imports already."""
+    env = {**forks.clean_environment(), "PYTHONPATH": str(folder), **(environment or {})}
+    return forks.run(forks.command, ["fit", *words], folder=folder, environment=env)
 
 
 def with_signal(step: int, name: str) -> list[str]:
@@ -89,7 +90,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "digits.yaml").write_text(yaml.safe_dump(CONFIG))
     (folder / "sender.py").write_text(CALLBACK)
-    done = run(folder, "--config", "digits.yaml", "--run_dir", "run")
+    # a process started anew, from a shell as it were, is what the forks have to equal
+    command = [sys.executable, "-m", "uda.cli", "fit", "--config", "digits.yaml", "--run_dir", "run"]
+    env = {**forks.clean_environment(), "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -6,11 +6,14 @@ A forked process has the imports of this one; those of torch and Lightning are m
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import multiprocessing
 import os
+import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 _OTHER_JOB = ("SLURM_", "TORCHELASTIC_", "PMI_", "OMPI_", "PYTEST_")
@@ -60,13 +64,13 @@ def start(
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
 ) -> BaseProcess:
-    """Start a function in a process and a session of its own.
+    """Start a function in a process and a session of its own, with random numbers that nobody has seeded.
 
     Args:
         function: at the top level of a module.
         arguments: of it; they can be pickled.
         output: file of its standard output; ``errors``: of its standard error, None: the same.
-        environment: all variables; None: :func:`clean_environment`.
+        environment: all variables; None: :func:`clean_environment`. What PYTHONPATH names is found first.
         folder: its working directory.
 
     Returns:
@@ -95,8 +99,61 @@ def _inside(
     _redirect(output, errors)
     if folder is not None:
         os.chdir(folder)
+    _find_first([p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p])
+    random.seed()
+    np.random.seed()
+    torch.seed()
     torch.set_num_threads(1)
     function(*arguments)
+
+
+def _find_first(folders: list[str]) -> None:
+    """Modules and distributions of these folders are found first, those too that are not in the parent's path."""
+    new = [f for f in folders if f not in sys.path]
+    sys.path[:0] = new
+    if new:
+        from uda.discovery import registry
+
+        importlib.invalidate_caches()
+        registry.cache_clear()
+
+
+def command(words: list[str]) -> None:
+    """``uda WORDS``: ends the process with its exit code."""
+    from uda.cli import main
+
+    sys.argv = ["uda", *words]
+    sys.exit(main(words))
+
+
+def run(
+    function: Callable[..., Any],
+    *arguments: Any,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 300.0,
+) -> subprocess.CompletedProcess[str]:
+    """Run a function in a process of its own and wait for it, as ``subprocess.run`` does with a command.
+
+    Args:
+        function, arguments, environment: of :func:`start`.
+        folder: its working directory; the files of its streams go beside it.
+        timeout: in seconds.
+
+    Raises:
+        subprocess.TimeoutExpired: it was stopped.
+    """
+    paths = [folder.parent / f"{folder.name}.{stream}" for stream in ("stdout", "stderr")]
+    process = start(function, *arguments, output=paths[0], errors=paths[1], environment=environment, folder=folder)
+    try:
+        process.join(timeout)
+        late = process.is_alive()
+    finally:
+        stop(process)
+    out, err = (path.read_text(errors="replace") for path in paths)
+    if late:
+        raise subprocess.TimeoutExpired([function.__name__, *map(str, arguments)], timeout, out, err)
+    return subprocess.CompletedProcess([function.__name__, *map(str, arguments)], process.exitcode, out, err)
 
 
 def _redirect(output: Path, errors: Path | None) -> None:
