@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import lightning as L
 import pytest
 import torch
@@ -13,6 +9,7 @@ from torch import nn
 
 import uda
 from uda.gate import gated_sum, gradients, gram
+from uda.testing import forks
 
 WEIGHTS = {"classification": 0.25, "pull/align": 1.75, "pull/spread": 0.5}
 
@@ -243,8 +240,14 @@ class LinearReruns(Linear):
     reruns_backbone = True
 
 
+def fit_all(devices, folder):
+    """All cases, on this rank."""
+    for number, (cls, level) in enumerate(CASES):
+        fit(cls, level, devices, f"{folder}/{number}.n{devices}")
+
+
 def fit(cls, level, devices, path):
-    options = {"strategy": "ddp_fork"} if devices == 2 else {}
+    options = {"strategy": "ddp"} if devices == 2 else {}
     trainer = L.Trainer(
         max_epochs=1, accelerator="cpu", devices=devices, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[Save(path)],
@@ -258,10 +261,11 @@ CASES = [(Linear, "features"), (Linear, "parameters"), (LinearReruns, "parameter
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
-    """All cases on two processes and on one, in an interpreter of their own: forked ranks must not meet threads."""
+    """All cases on two processes and on one."""
     folder = tmp_path_factory.mktemp("gate")
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, __file__, str(folder)], check=True, timeout=300, env=one_thread)
+    wrong, outputs = forks.run_ranks(fit_all, 2, folder, folder=folder)
+    assert not wrong, outputs
+    fit_all(1, folder)
     return folder
 
 
@@ -274,9 +278,3 @@ def test_two_processes_equal_one_with_the_whole_batch(halves, case):
         assert torch.equal(first[key], second[key])
     for name, grad in one["grads"].items():
         torch.testing.assert_close(first["grads"][name], grad, rtol=1e-5, atol=1e-7, msg=name)
-
-
-if __name__ == "__main__":
-    for devices in (2, 1):
-        for number, (cls, level) in enumerate(CASES):
-            fit(cls, level, devices, f"{sys.argv[1]}/{number}.n{devices}")

@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 
 from uda.errors import UDAError
 from uda.nn import Bank, gather_domain, gather_rows
+from uda.testing import forks
 
 
 def test_write_read_and_filled():
@@ -118,7 +119,8 @@ def test_two_ranks_hold_equal_banks(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_two_ranks, args=(port, str(tmp_path)), nprocs=2)
+    method = "fork" if forks.can_fork() else "spawn"
+    mp.start_processes(_two_ranks, args=(port, str(tmp_path)), nprocs=2, start_method=method)
     (state, print0, rows, domain), (_, print1, rows1, domain1) = (
         torch.load(tmp_path / f"{r}.pt") for r in (0, 1)
     )

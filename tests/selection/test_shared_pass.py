@@ -21,6 +21,7 @@ from uda.run.summary import RunSummary
 from uda.selection import DEFAULT_SCORES, SCORES, needed_scores, running_choice
 from uda.selection.pool import RowSample, draw_order
 from uda.selection.shared import SharedScores
+from uda.testing import forks
 from uda.testing.task import TinyTask
 
 HERE = Path(__file__).resolve()
@@ -244,25 +245,10 @@ def run_rank(out: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(tmp_path):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     out = str(tmp_path / "scores")
-    folder = str(HERE.parent)
-    code = f"import sys; sys.path[:0] = [{folder!r}]; from test_shared_pass import run_rank; run_rank({out!r})"
-    plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PYTEST_", "TORCHELASTIC_"))}
-    plain |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ddp = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-    started = [subprocess.Popen([sys.executable, "-c", code], env=plain)]
-    for rank in ("0", "1"):
-        started.append(subprocess.Popen([sys.executable, "-c", code], env={**plain, **ddp, "LOCAL_RANK": rank}))
-    try:
-        assert [p.wait(180) for p in started] == [0, 0, 0]
-    finally:
-        for p in started:
-            p.kill()
+    for world in (1, 2):
+        wrong, outputs = forks.run_ranks(run_rank, out, folder=tmp_path, world=world)
+        assert not wrong, outputs
     one, first, second = (json.loads(Path(f"{out}{n}.json").read_text()) for n in ("1_0", "2_0", "2_1"))
     assert first == second
     assert set(one) == {*SCORES, "collapsed"}

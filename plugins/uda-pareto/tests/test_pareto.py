@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import lightning as L
 import pytest
@@ -16,7 +14,7 @@ from uda_pareto.mimic import ClassDomainNets, class_domain_loss, mimicking_loss,
 from uda_pareto.pareto import still_statistics
 
 import uda
-from uda.testing import check_plugin, check_plugins_ddp
+from uda.testing import check_plugin, check_plugins_ddp, forks
 
 SMALL = {"hidden": 8}
 
@@ -130,7 +128,7 @@ class Halves(L.LightningDataModule):
 def fit(model, devices=1, path=""):
     """Gradients of one step."""
     keep = Keep()
-    options = {"strategy": "ddp_fork"} if devices == 2 else {}
+    options = {"strategy": "ddp"} if devices == 2 else {}
     trainer = L.Trainer(
         max_epochs=1, accelerator="cpu", devices=devices, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
@@ -203,11 +201,17 @@ class Save(L.Callback):
         torch.save((module.seen, grads), f"{self.path}.{trainer.global_rank}")
 
 
+def fit_on_rank(numbers, path):
+    """One of two processes."""
+    for number in numbers:
+        fit(recorded(weighers()[number]), devices=2, path=f"{path}.{number}")
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     numbers = (0, 1, 2, 4)  # the others' objectives are no means over samples, or their weights are given
-    command = [sys.executable, __file__, str(tmp_path / "rank"), *map(str, numbers)]
-    subprocess.run(command, check=True, timeout=240)
+    wrong, outputs = forks.run_ranks(fit_on_rank, numbers, str(tmp_path / "rank"), folder=tmp_path)
+    assert not wrong, outputs
     for number in numbers:
         model = recorded(weighers()[number])
         one = fit(model)
@@ -273,8 +277,3 @@ def test_plugin(cls, init_args):
 @pytest.mark.slow
 def test_under_two_processes():
     check_plugins_ddp([(cls, {"init_args": init_args}) for cls, init_args in CASES])
-
-
-if __name__ == "__main__":
-    for one in sys.argv[2:]:
-        fit(recorded(weighers()[int(one)]), devices=2, path=f"{sys.argv[1]}.{one}")

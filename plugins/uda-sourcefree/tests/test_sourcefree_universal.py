@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -15,7 +12,7 @@ from uda_sourcefree.lead import decide, known_basis, parts, two_means
 from uda_sourcefree.universal import class_count
 
 import uda
-from uda.testing import check_plugin
+from uda.testing import TinyTask, check_plugin, forks
 
 
 def blobs(n=40, classes=3, extra=1, width=8, noise=0.15, seed=0):
@@ -135,53 +132,41 @@ def test_plugin(cls):
 
 # ------------------------------------------------------------------------------------------------ several processes
 
-RUN = """
-import sys
-import lightning as L
-import torch
-import uda
-from uda.testing import TinyTask
-
-CASES = {
+TOGETHER = {
     "GLC": {"neighbours": 3, "target_classes": 3, "label_weight": 1.0}, "SHOT": {}, "AaD": {"neighbours": 3},
     "NRC": {"neighbours": 3, "expanded": 2}, "NOTELA": {"neighbours": 3, "trainable": "all", "dropout": 0.0},
     "CoLearn": {"threshold": 0.6},
-}
+}  # fmt: skip
 
-def run(processes, out):
+
+def train_all(processes, out):
+    """Each method on this rank; its final weights go to a file."""
     found = {}
-    for name, given in CASES.items():
+    for name, given in TOGETHER.items():
         torch.manual_seed(0)
         data = uda.DataModule(TinyTask(), target="target", batch_size=16 // processes, epoch_steps=3, seed=1)
         model = uda.UDA(
             uda.nn.MLP([8], batch_norm=False), {"refine": {"class_path": name, "init_args": given}}, bottleneck=8,
             bottleneck_norm="layer", scores=[], optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
             schedule=uda.optim.Constant(),
-        )
+        )  # fmt: skip
         trainer = L.Trainer(
             max_epochs=2, limit_val_batches=0, num_sanity_val_steps=0, accelerator="cpu", devices=processes,
             strategy="ddp" if processes > 1 else "auto", logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False,
-        )
+        )  # fmt: skip
         trainer.fit(model, data)
         found |= {f"{name}/{k}": v.clone() for k, v in model.state_dict().items()}
-        rank = trainer.global_rank
-    torch.save(found, f"{out}{rank}.pt")
-
-if __name__ == "__main__":
-    run(int(sys.argv[1]), sys.argv[2])
-"""
+    torch.save(found, f"{out}{trainer.global_rank}.pt")
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_batch_of_both(tmp_path):
     """Memories by sample index are equal bit for bit on both; weights are those of one process of twice the batch."""
-    (tmp_path / "run.py").write_text(RUN)
     for processes in (1, 2):
-        command = [sys.executable, str(tmp_path / "run.py"), str(processes), str(tmp_path / f"of{processes}-")]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
+        out = str(tmp_path / f"of{processes}-")
+        wrong, outputs = forks.run_ranks(train_all, processes, out, folder=tmp_path, world=processes)
+        assert not wrong, outputs
     one, first, second = (torch.load(tmp_path / f, weights_only=True) for f in ("of1-0.pt", "of2-0.pt", "of2-1.pt"))
     for k, v in one.items():
         torch.testing.assert_close(first[k], second[k], rtol=0, atol=0, msg=k)
