@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import lightning as L
@@ -11,6 +12,7 @@ import torch
 from uda_universal.uniam import UniAM, attention_rows, class_residuals, commonness, last_attention, sparse_codes
 
 import uda
+from uda.testing import check_plugin, check_plugins_ddp
 from uda.testing.task import TinyTask
 
 TINY = {"img_size": 8, "patch_size": 4, "depth": 2, "embed_dim": 16, "num_heads": 2}
@@ -104,3 +106,24 @@ def test_a_fit_fills_the_dictionary_and_trains():
     with torch.no_grad():
         found = ends[1].predict_batch(ends[1].batch(x))
     torch.testing.assert_close(found.unknown, found.unknown_score > 1 - plugin.limit)
+
+
+# ------------------------------------------------------------------------------------------------ lifecycle
+
+CHECKED = {
+    "init_args": {"hidden": 8, "atoms": 1, "iterations": 5}, "kind": "images",
+    "backbone": partial(uda.nn.Timm, "vit_tiny_patch16_224", in_chans=1, model_kwargs=TINY),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_plugin():
+    pytest.importorskip("timm")
+    report = check_plugin(UniAM, ddp=False, **CHECKED)
+    assert {"liveness", "resume", "precision"} <= set(report.passed)
+
+
+@pytest.mark.slow
+def test_under_two_processes():
+    pytest.importorskip("timm")
+    check_plugins_ddp([(UniAM, CHECKED)])
