@@ -68,7 +68,41 @@ def test_members_start_apart_and_learn_without_the_features():
     assert len({round(float(w.detach().norm()), 4) for w in net.weight}) == 5
 
 
+def test_adversary_of_cmu_by_loops():
+    """Means over samples, so that small weights make a domain count less."""
+    torch.manual_seed(0)
+    plugin = CMU(weight=0.7, hidden=8, members=3)
+    plugin.build(SimpleNamespace(num_classes=3, feature_dim=4))
+    plugin.class_weight.copy_(torch.tensor([0.9, 0.4, 0.1]))
+    plugin.log_later = lambda **_: None
+    zs, zt, y = [0.3, -1.0, 2.0], [0.7, -0.4], [0, 2, 1]
+    plugin.domain_logits = lambda step, source, target: (torch.tensor(zs), torch.tensor(zt))
+    ft = torch.randn(2, 4)
+    step = SimpleNamespace(
+        pooled={"y": torch.tensor(y), "features": torch.zeros(3, 4)}.get, target=SimpleNamespace(features=ft)
+    )
+    w_t = certainty(uncertainties(plugin.ensemble(ft)), *plugin.ranges[0]).tolist()
+    source = sum(float(plugin.class_weight[c]) * math.log1p(math.exp(-z)) for c, z in zip(y, zs, strict=True)) / 3
+    target = sum(w * math.log1p(math.exp(z)) for w, z in zip(w_t, zt, strict=True)) / 2
+    assert float(plugin.align_features(step)["domain"]) == pytest.approx(0.7 * (source + target) / 2, rel=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------ PPOT
+
+
+def test_prototypes_move_and_carry_a_gradient():
+    plugin = PPOT(momentum=0.3)
+    plugin.register_buffer("prototypes", torch.eye(3, 4))
+    f = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = torch.tensor([0, 0, 1, 1, 1])
+    found = plugin.moved(SimpleNamespace(pooled={"features": f, "y": y}.get))
+    for c in range(3):
+        rows = [f[i] / f[i].norm() for i in range(5) if y[i] == c]
+        mean = sum(rows) / len(rows) if rows else plugin.prototypes[c]
+        moved = 0.7 * plugin.prototypes[c] + 0.3 * mean
+        torch.testing.assert_close(found[c], moved / moved.norm())
+    (g,) = torch.autograd.grad(found[0, 1], f)
+    assert (g.abs().sum(1) > 0).tolist() == (y == 0).tolist()
 
 
 def test_partial_plan_has_its_masses():

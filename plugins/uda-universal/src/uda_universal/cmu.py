@@ -62,6 +62,7 @@ class Ensemble(nn.Module):
 class CMU(Adversary):
     """DANN whose samples count by the certainty of an ensemble, which tells unknown classes as well.
 
+    ``weight * 1/2 [mean_s w_s BCE(D(f_s), 1) + mean_t w_t BCE(D(f_t), 0)]``: a domain of small weights counts less.
     ``w_t`` is :func:`certainty` of the :func:`uncertainties` of ``members`` linear classifiers on constant features;
     ``w_s`` of a class its mean probability over target samples with ``w_t >= threshold``, brought to [0, 1]. Ranges
     and class weights come from the whole target at the start of each epoch; an evaluation takes its own ranges.
@@ -150,7 +151,7 @@ class CMU(Adversary):
         w_t = certainty(self.measured(step.target.features), *self.ranges[0])
         w_s = class_distributions(step.pooled("y"), len(self.class_weight)) @ self.class_weight
         self.log_later(certainty=w_t.mean())
-        return {"domain": self.adversarial(step, step.pooled("features"), step.target.features, w_s, w_t)}
+        return {"domain": self.adversarial(step, step.pooled("features"), step.target.features, w_s, w_t, "batch")}
 
     @uda.hookimpl
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:

@@ -146,10 +146,12 @@ class PPOT(uda.Plugin):
             batch.weight = w if batch.weight is None else batch.weight * w
 
     def moved(self, step: uda.Step) -> Tensor:
-        """Prototypes ``[C, F]`` a little nearer to the class means of the batch."""
-        features = F.normalize(full(step.pooled("features")).detach(), dim=1)
+        """Prototypes ``[C, F]`` a little nearer to the class means of the batch; a gradient goes to its features."""
+        features = F.normalize(full(step.pooled("features")), dim=1)
         own = class_distributions(step.pooled("y"), len(self.prototypes)).to(features.dtype)
-        counts, sums = gather_rows(own.sum(0)[None]).sum(0), gather_rows((own.T @ features)[None]).sum(0)
+        mine = own.T @ features
+        counts, sums = gather_rows(own.sum(0)[None]).sum(0), gather_rows(mine[None]).sum(0)
+        sums = sums + (mine - mine.detach())  # what other ranks add is constant here
         means = torch.where(counts[:, None] > 0, sums / counts.clamp_min(1e-12)[:, None], self.prototypes)
         return F.normalize((1 - self.momentum) * self.prototypes + self.momentum * means, dim=1)
 
@@ -170,7 +172,7 @@ class PPOT(uda.Plugin):
             transport = (plan * distance).sum().clamp_min(1e-12).sqrt()
             sure, doubt = farthest_weights(distance.detach(), plan, alpha, self.far)
         share = (full(batch.logits).softmax(1).amax(1) >= self.confident).float().mean().detach()
-        batch.cache[self.key] = (prototypes, plan.sum(1) * plan.shape[1], share)
+        batch.cache[self.key] = (prototypes.detach(), plan.sum(1) * plan.shape[1], share)
         self.log_later(alpha=alpha, beta=beta)
         return {
             "transport": self.weight * transport,
