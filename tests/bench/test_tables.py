@@ -5,16 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import math
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import rankdata
 
 from uda.bench import tables
 from uda.bench.across import suites_table
 from uda.bench.render import render
 from uda.bench.scores import scores_over, scores_table
-from uda.bench.statistics import average_by_seed, p_value, spearman, survives
+from uda.bench.statistics import average_by_seed, by_task_and_seed, p_value, spearman, survives
 from uda.errors import UDAError
 
 #: accuracies of two methods, two tasks, three seeds
@@ -87,6 +89,19 @@ def test_p_values_of_pairs():
         p_value(a, a, "anova")
 
 
+@pytest.mark.parametrize("n", [2, 5, 8, 9])
+def test_ties_and_zeros_give_the_p_value_of_all_signs(n):
+    draw = np.random.default_rng(n)
+    for _ in range(3):
+        d = draw.integers(-3, 4, n).astype(float)
+        d[:2] = [2, -2]
+        ranks, some = rankdata(np.abs(d[d != 0])), d[d != 0]
+        sums = [sum(r for r, up in zip(ranks, ups, strict=True) if up) for ups in product((0, 1), repeat=len(some))]
+        own = ranks[some > 0].sum()
+        tails = [sum(s <= own for s in sums), sum(s >= own for s in sums)]
+        assert p_value(d, np.zeros(n)) == min(1.0, 2 * min(tails) / len(sums))
+
+
 def test_a_pair_counts_where_all_methods_have_it():
     values = pd.DataFrame([[1.0, 2, 3, 4, 5, 6, np.nan], [0.5, 1, 1, 1, 1, 1, 99]], index=["a", "b"])
     assert survives(values, "wilcoxon", 0.05) == "a"
@@ -100,11 +115,10 @@ def test_a_seed_without_all_tasks_is_in_no_average(records):
     assert "1 of 12 runs are missing" in table.caption
     none = [r for r in records if not (r["task"] == "u" and r["method"] == "m")]
     assert tables.accuracy_table(tables.frame(none)).rows[0] == ["m", "53.0 ± 3.6", "-", "-"]
-    series = pd.Series(
-        [1.0, 3.0, 5.0],
-        index=pd.MultiIndex.from_tuples([("t", 0), ("u", 0), ("t", 1)], names=["task", "seed"]),
-    )
-    assert average_by_seed(series, ["t", "u"]).to_dict() == {0: 2.0}
+    columns = pd.MultiIndex.from_tuples([("t", 0), ("u", 0), ("t", 1)], names=["task", "seed"])
+    values = by_task_and_seed(pd.DataFrame([[1.0, 3.0, 5.0]], columns=columns), ["u", "t"])
+    np.testing.assert_array_equal(values, [[[3.0, np.nan], [1.0, 5.0]]])
+    np.testing.assert_array_equal(average_by_seed(values), [[2.0, np.nan]])
 
 
 def test_three_figures_side_by_side(records):

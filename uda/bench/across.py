@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from uda.bench.statistics import TESTS, average_by_seed, mean_and_spread, p_value
+from uda.bench.statistics import TESTS, average_by_seed, by_task_and_seed, mean_and_spread, p_value
 from uda.bench.tables import FIGURES, Table, in_order, told
 from uda.errors import UDAError, nearest
 
@@ -41,14 +41,17 @@ def suites_table(
     data = data[data["method"].isin({*methods, baseline})]
     cells = data.pivot_table(index="method", columns=["suite", "task", "seed"], values=figure, aggfunc="last")
     tasks = {s: in_order(data[data["suite"] == s]["task"], None) for s in suites}
+    averages = {}
+    for suite in set(cells.columns.get_level_values("suite")):
+        values = average_by_seed(by_task_and_seed(cells[suite], tasks[suite]))
+        averages[suite] = dict(zip(cells.index, values, strict=True))
     whole = sum(map(len, tasks.values()))
     rows, numbers, marked = [], [], []
     for method in methods:
         own, row, number = cells.loc[method], [method], {"method": method}
         means = own.groupby(["suite", "task"]).mean().dropna()
         for suite in suites:
-            values = average_by_seed(own[suite], tasks[suite]) if suite in own else pd.Series(dtype=float)
-            mean, spread = mean_and_spread(values)
+            mean, spread = mean_and_spread(averages[suite][method] if suite in averages else np.empty(0))
             row.append(told(mean, spread))
             number |= {suite: mean, f"{suite} sd": spread}
         overall = means.mean() if len(means) == whole else float("nan")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from uda.bench.ledger import latest
-from uda.bench.statistics import TESTS, average_by_seed, mean_and_spread, survives
+from uda.bench.statistics import TESTS, average_by_seed, by_task_and_seed, mean_and_spread, survives
 from uda.errors import UDAError, nearest
 from uda.metrics.names import MEASURES
 
@@ -120,20 +120,22 @@ def accuracy_table(
     tasks, methods = in_order(data["task"], tasks), in_order(data["method"], methods)
     data = data[data["task"].isin(tasks) & data["method"].isin(methods)]
     pairs = cells(data, figure).reindex(methods)
+    values = by_task_and_seed(pairs, tasks)
+    columns = dict(zip(tasks, np.moveaxis(values, 1, 0), strict=True))  # task: [methods, seeds]
+    if len(tasks) > 1:
+        columns[AVERAGE] = average_by_seed(values)
     rows, numbers, bold = [], [], set()
-    for method in methods:
+    for i, method in enumerate(methods):
         row, number = [method], {"method": method}
-        for task in [*tasks, *([AVERAGE] if len(tasks) > 1 else [])]:
-            series = pairs.loc[method]
-            values = average_by_seed(series, tasks) if task == AVERAGE else series.get(task, pd.Series(dtype=float))
-            mean, spread = mean_and_spread(values)
+        for task, column in columns.items():
+            mean, spread = mean_and_spread(column[i])
             row.append(told(mean, spread))
-            number |= {task: mean, f"{task} sd": spread, f"{task} n": int(values.notna().sum())}
+            number |= {task: mean, f"{task} sd": spread, f"{task} n": int((~np.isnan(column[i])).sum())}
         rows.append(row)
         numbers.append(number)
-    head = ["method", *tasks, *([AVERAGE] if len(tasks) > 1 else [])]
-    for column, task in enumerate(head[1:], 1):
-        of_column = pairs if task == AVERAGE else pairs.xs(task, axis=1, level="task")
+    head = ["method", *columns]
+    for column, task in enumerate(columns, 1):
+        of_column = pairs if task == AVERAGE else pd.DataFrame(columns[task], index=methods)
         if (best := survives(of_column, test, alpha)) is not None:
             bold.add((methods.index(best), column))
     caption = (
@@ -192,14 +194,15 @@ def figures_table(
     tasks, methods = in_order(data["task"], tasks), in_order(data["method"], methods)
     data = data[data["task"].isin(tasks) & data["method"].isin(methods)]
     rows, numbers = [], []
-    found = {figure: cells(data, figure) for figure in FIGURES if data[figure].notna().any()}
-    for method in methods:
+    found = {}
+    for figure in FIGURES:
+        if data[figure].notna().any():
+            found[figure] = average_by_seed(by_task_and_seed(cells(data, figure).reindex(methods), tasks))
+    for i, method in enumerate(methods):
         own = data[data["method"] == method]
         row, number = [method], {"method": method}
         for figure in FIGURES:
-            known = method in found[figure].index if figure in found else False
-            values = average_by_seed(found[figure].loc[method], tasks) if known else pd.Series(dtype=float)
-            mean, spread = mean_and_spread(values)
+            mean, spread = mean_and_spread(found[figure][i] if figure in found else np.empty(0))
             row.append(told(mean, spread))
             number |= {figure: mean, f"{figure} sd": spread}
         source, seconds, memory = own["source"].mean(), own["seconds"].median(), own["memory"].max()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ def table_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _read(path: Path, *as_it_is: int) -> list[dict[str, Any]]:
+    """Records of a ledger: a document shows several tables of one, and takes none of them to be changed."""
+    return Ledger(path).read()
+
+
 def records_of(source: str, folder: Path) -> tuple[list[dict[str, Any]], list[str] | None, list[str] | None]:
     """Records of a ledger, or of the current runs of a suite; then the order of tasks and of methods."""
     path = folder / source
@@ -52,7 +59,7 @@ def records_of(source: str, folder: Path) -> tuple[list[dict[str, Any]], list[st
         )
         raise UDAError(f"no suite or ledger {str(path)!r}. {nearest(path.name, near)}")
     if path.suffix not in (".yaml", ".yml"):
-        return Ledger(path).read(), None, None
+        return _read(path.resolve(), path.stat().st_mtime_ns, path.stat().st_size), None, None
     suite = Suite.load(path)
     names = {r.key: r for r in suite.runs()}
     records = [r for r in Ledger(suite.ledger).read() if r["key"] in names]
