@@ -24,7 +24,7 @@ TASKS = {
     "pacs_features": 6, "pacs_images": 6, "selection_digits": 4, "selection_office_caltech": 6, "visda": 1,
     "partial": 6, "open": 6, "universal": 6, "multisource": 9, "multisource_digits": 5, "sourcefree": 6,
     "digits_partial": 3, "digits_open": 3, "digits_universal": 3,
-    "office_caltech_partial": 6, "office_caltech_open": 6, "office_caltech_universal": 6, "text_universal": 2,
+    "office_caltech_partial": 6, "office_caltech_open": 6, "office_caltech_universal": 6, "text_universal": 3,
     "digits_vit": 2, "sourcefree_digits": 2,
 }  # fmt: skip
 IMAGES = {
