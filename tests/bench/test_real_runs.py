@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import yaml
 
 from uda.bench.ledger import Ledger
 from uda.cli import main
+from uda.testing import forks
 
 pytestmark = pytest.mark.slow
 
@@ -57,9 +57,21 @@ def suite(tmp_path, monkeypatch):
 LEDGER = Path("runs/bench/real/ledger.jsonl")
 
 
-def start(*words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "uda.cli", "bench", "run", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+class Started:
+    """``uda bench run WORDS`` in a fork, whose runs come from the server that is warm already."""
+
+    def __init__(self, *words: str, environment: dict[str, str] | None = None) -> None:
+        self.log = Path(tempfile.mkdtemp(dir=".")) / "out"
+        env = {**forks.clean_environment(), **(environment or {})}
+        self.process = forks.start(
+            forks.command, ["bench", "run", *words], output=self.log, environment=env, folder=Path.cwd()
+        )
+
+    def end(self, seconds: float = 300.0) -> tuple[int, str]:
+        """Exit code and output."""
+        self.process.join(seconds)
+        forks.stop(self.process)
+        return self.process.exitcode, self.log.read_text()
 
 
 def wait_for(condition, seconds: float = 120.0) -> None:
@@ -121,18 +133,9 @@ def test_a_forked_run_equals_a_run_by_hand(suite, tmp_path):
     assert main(["bench", "run", suite(seeds=[1]), "--only", "dann"]) == 0
     (line,) = Ledger(LEDGER).read()
     config = next(Path("runs/bench/real").rglob("seed1-*.yaml"))
-    command = [
-        sys.executable,
-        "-m",
-        "uda.cli",
-        "fit",
-        "--config",
-        str(config),
-        "--seed_everything=1",
-        "--run_dir",
-        "by_hand",
-    ]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    words = ["fit", "--config", str(config), "--seed_everything=1", "--run_dir", "by_hand"]
+    done = forks.run(forks.command, words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     summary = json.loads(Path("by_hand/summary.json").read_text())
     assert summary["target_accuracy"] == line["metrics"]["target_accuracy"]
     assert summary["scores"] == line["scores"]
@@ -140,39 +143,37 @@ def test_a_forked_run_equals_a_run_by_hand(suite, tmp_path):
 
 
 def test_a_killed_suite_goes_on_without_loss(suite):
-    path = suite(overrides={"trainer.max_epochs": 20})
-    process = start(path)
+    path = suite(overrides={"trainer.max_epochs": 12}, seeds=[0])
+    first = Started(path)
     wait_for(lambda: len(Ledger(LEDGER).finished()) >= 1)
     wait_for(lambda: any(Path("runs").rglob("last.ckpt")) and list(Path(f"{LEDGER}.claims").glob("*.json")) != [])
-    process.kill()
-    process.wait()
+    first.process.kill()
+    first.end()
     before = len(Ledger(LEDGER).finished())
-    assert before < 6
-    second = start(path)
-    out, _ = second.communicate(timeout=240)
-    assert second.returncode == 0, out
+    assert before < 3
+    code, out = Started(path).end()
+    assert code == 0, out
     records = Ledger(LEDGER).read()
-    assert len(records) == 6
-    assert len({r["key"] for r in records}) == 6
-    assert all(r["status"] == "finished" and r["steps"] == 500 for r in records)
+    assert len(records) == 3
+    assert len({r["key"] for r in records}) == 3
+    assert all(r["status"] == "finished" and r["steps"] == 300 for r in records)
 
 
 def test_ctrl_c_stops_between_batches_and_is_no_failure(suite):
     path = suite(overrides={"trainer.max_epochs": 500}, seeds=[0], methods={"plain": {}})
-    process = start(path)
+    started = Started(path)
     wait_for(lambda: any(Path("runs").rglob("last.ckpt")))
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, out
+    os.kill(started.process.pid, signal.SIGINT)
+    code, out = started.end()
+    assert code == 130, out
     assert Ledger(LEDGER).read() == []
     assert list(Path(f"{LEDGER}.claims").glob("*.json")) == []
 
 
 def test_two_suites_at_once(suite):
     path = suite()
-    calls = [start(path), start(path)]
-    outs = [c.communicate(timeout=300)[0] for c in calls]
-    assert [c.returncode for c in calls] == [0, 0], outs
+    codes, outs = zip(*(started.end() for started in [Started(path), Started(path)]), strict=True)
+    assert codes == (0, 0), outs
     records = Ledger(LEDGER).read()
     assert len(records) == len({r["key"] for r in records}) == 6
     assert sum(int(out.rsplit(" runs finished", 1)[0].split()[-1]) for out in outs) == 6
@@ -184,25 +185,27 @@ def test_a_run_that_dies_takes_nothing_with_it(suite):
         "import os, signal, uda\n\n\nclass Dying(uda.Plugin):\n    @uda.hookimpl\n"
         "    def align_features(self, step):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    process = subprocess.run(
-        [sys.executable, "-m", "uda.cli", "bench", "run", suite(methods=methods, seeds=[0])],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
-    assert process.returncode == 1, process.stderr
+    path = suite(methods=methods, seeds=[0])
+    code, out = Started(path, environment={"PYTHONPATH": os.getcwd()}).end()
+    assert code == 1, out
     records = {r["method"]: r for r in Ledger(LEDGER).read()}
     assert records["dies"]["exit_code"] == -9
     assert records["plain"]["status"] == records["mcc"]["status"] == "finished"
 
 
-@pytest.mark.parametrize("cluster", ["debug", "local"])
-def test_jobs_by_submitit(suite, cluster, capfd):
+def test_jobs_by_submitit(suite, capfd):
+    """A job that runs in a process of its own, then one that fails in this one; both start a run anew."""
     pytest.importorskip("submitit")
     path = suite(seeds=[0], methods={"plain": {}, "broken": {"overrides": {"data.source": "sauce"}}})
-    assert main(["bench", "run", path, "--executor", "submitit", "--cluster", cluster]) == 1
-    records = {r["method"]: r for r in Ledger(LEDGER).read()}
-    assert records["plain"]["status"] == "finished"
-    assert "sauce" in records["broken"]["error"]
-    assert main(["bench", "run", path, "--executor", "submitit", "--cluster", cluster, "--only", "plain"]) == 0
+    submit = ["bench", "run", path, "--executor", "submitit", "--cluster"]
+    assert main([*submit, "local", "--only", "plain"]) == 0
+    (plain,) = Ledger(LEDGER).read()
+    assert (plain["method"], plain["status"]) == ("plain", "finished")
+    assert main([*submit, "debug"]) == 1
+    broken = Ledger(LEDGER).read()[1]
+    assert (broken["method"], broken["status"]) == ("broken", "failed")
+    assert "sauce" in broken["error"]
+    assert main([*submit, "debug", "--only", "plain"]) == 0
     assert len(Ledger(LEDGER).read()) == 2
 
 

@@ -99,6 +99,9 @@ def _inside(
     _redirect(output, errors)
     if folder is not None:
         os.chdir(folder)
+    server = getattr(sys.modules.get("multiprocessing.forkserver"), "_forkserver", None)
+    if getattr(server, "_forkserver_pid", None):
+        server.ensure_running = lambda: None  # it is the parent's, which sees to it, and serves this process as well
     _find_first([p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p])
     random.seed()
     np.random.seed()
