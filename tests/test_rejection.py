@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -13,6 +14,7 @@ import torch
 
 import uda
 from uda.rejection import Reject, energy, normalised_entropy, otsu
+from uda.run.predictions import PredictionWriter
 from uda.testing import check_plugin
 
 OPEN_BLOBS = {"setting": "open", "classes": {"known": 2, "target_private": 1}, "seed": 0}
@@ -135,6 +137,29 @@ def test_split_is_that_of_the_target():
         model.plugins["r"].limit.fill_(math.nan)
         with pytest.raises(uda.UDAError, match="cut of the target is not known"):
             model.predict_batch(model.batch(x))
+
+
+def test_predictions_keep_class_mark_and_score(tmp_path):
+    data = uda.DataModule(
+        uda.data.Generated("blobs", classes=3, n=90, features=6, seed=1), "source", "target", batch_size=30,
+        **OPEN_BLOBS,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    model = uda.UDA("identity", {"r": Reject(split=True)}, bottleneck=0)
+    writer = PredictionWriter(tmp_path)
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", devices=1, callbacks=[writer], **dict.fromkeys(off, False))
+    trainer.fit(model, data)
+    found = {k: torch.cat([b[k] for b in trainer.predict(model, data)]) for k in ("label", "unknown", "unknown_score")}
+    with (tmp_path / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = data.class_names
+    assert [r["class"] for r in rows] == [names[i] for i in found["label"]]
+    marked = zip(found["label"], found["unknown"], strict=True)
+    assert [r["label"] for r in rows] == ["unknown" if u else names[i] for i, u in marked]
+    assert [int(r["unknown"]) for r in rows] == found["unknown"].int().tolist()
+    assert [float(r["unknown_score"]) for r in rows] == pytest.approx(found["unknown_score"].tolist(), abs=1e-6)
+    assert 0 < sum(int(r["unknown"]) for r in rows) < len(rows)
 
 
 def test_plugin():

@@ -18,9 +18,10 @@ from uda.run.summary import device_of, versions
 
 
 class PredictionWriter(L.Callback):
-    """Writes ``predictions.csv``: index, id, label name, score, unknown, and the probabilities if asked for.
+    """Writes ``predictions.csv``: index, id, label, score, unknown, unknown_score, class; probabilities if asked for.
 
-    Rows are in the order of the target's evaluation pool; those of all ranks are gathered.
+    ``label`` is the name of the class or ``unknown``, ``class`` that of the class, marked or not. Rows are in the order
+    of the target's evaluation pool; those of all ranks are gathered.
 
     Args:
         dirpath: folder of the file; an existing one is kept, and the new one numbered.
@@ -37,7 +38,7 @@ class PredictionWriter(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         """Keep what is written at the end."""
-        names = ["index", "label", "score", "unknown", *(["probs"] if self.probabilities else [])]
+        names = ["index", "label", "score", "unknown", "unknown_score", *(["probs"] if self.probabilities else [])]
         self._parts.append({n: outputs[n].detach().cpu() for n in names})
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -60,26 +61,22 @@ class PredictionWriter(L.Callback):
     def _write(self, trainer: L.Trainer, model: Any, rows: dict[str, torch.Tensor]) -> None:
         ids = trainer.datamodule.ids(model.target_name) if hasattr(trainer.datamodule, "ids") else None
         names = list(model.class_names or map(str, range(model.num_classes)))
-        header = [
-            "index",
-            "id",
-            "label",
-            "score",
-            "unknown",
-            *([f"p({n})" for n in names] if self.probabilities else []),
-        ]
+        header = ["index", "id", "label", "score", "unknown", "unknown_score", "class"]
+        header += [f"p({n})" for n in names] if self.probabilities else []
         with self.path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(header)
             for i in torch.argsort(rows["index"]).tolist() if rows else []:
                 index, unknown = int(rows["index"][i]), bool(rows["unknown"][i])
-                label = "unknown" if unknown else names[int(rows["label"][i])]
+                named, score, strange = (rows[n][i].item() for n in ("label", "score", "unknown_score"))
                 line = [
                     index,
                     index if ids is None else ids[index],
-                    label,
-                    f"{float(rows['score'][i]):.6f}",
+                    "unknown" if unknown else names[named],
+                    f"{score:.6f}",
                     int(unknown),
+                    f"{strange:.6f}",
+                    names[named],
                 ]
                 if self.probabilities:
                     line += [f"{p:.6f}" for p in rows["probs"][i].tolist()]
