@@ -271,3 +271,20 @@ def test_private_labels_to_anything_choose_no_weight(tmp_path, quiet_trainer):
 @pytest.mark.parametrize("name", universal_methods())
 def test_private_labels_choose_no_weight_of(name, tmp_path, quiet_trainer):
     private_labels_choose_no_weight(lambda: {"m": name}, tmp_path, quiet_trainer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", universal_methods())
+def test_no_method_knows_its_setting(name, quiet_trainer):
+    """Of the same label sets, the same weights, whatever setting the task says it is of."""
+    weights = []
+    for setting in ("closed", "universal"):
+        data = DataModule(
+            Generated("blobs", classes=3, n=60), "source", "target", setting=setting, any_method=True, batch_size=8,
+            epoch_steps=3, seed=0,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = uda.UDA("mlp", {"m": name}, bottleneck=8)
+        quiet_trainer(max_epochs=1).fit(model, data)
+        weights.append({k: v.clone() for k, v in model.state_dict().items()})
+    assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())

@@ -32,7 +32,7 @@ class OSBP(UnknownClass):
     Args:
         weight: of the adversarial objective.
         threshold: t, 0.5 in all published runs.
-        gamma: steepness of the reversal's warm start over the run's progress; 0: no warm start, as in the paper.
+        gamma: steepness of the reversal's warm start over the run's progress; 0: none, as in the paper and its code.
         reversal: final coefficient of the gradient reversal.
         lr_scale: learning rate of the logit's weights relative to the head's.
     """
