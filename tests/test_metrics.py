@@ -144,6 +144,7 @@ def test_h3_score_sees_the_clusters():
             metric.update(*tensors(label[part], y[part], features[part], unknown[part]))
         assert float(metric.compute()) == pytest.approx(3 / (1 / star + 1 / u + 1 / nmi), rel=1e-4)
     assert math.isnan(float(private_nmi(torch.zeros(0, 3), torch.zeros(0))))
+    assert math.isnan(float(private_nmi(torch.full((4, 3), torch.nan), torch.arange(4) % 2)))  # a run that diverged
 
 
 def test_evaluation_logs_them(quiet_trainer):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 CLASSES, PRIVATE, BATCH, STEPS = 65, 10, 36, 6
 COSINE: dict[str, Any] = {"head": "cosine"}
-#: Plugin, its arguments, further arguments of the model. Few numbers of clusters are tried: the largest needs the most.
+#: Plugin, its arguments, further arguments of the model. Few (numbers of) clusters, where only seconds grow with them.
 METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "source-only, Reject": ("Reject", {"split": True}, {}),
     "DCC": ("DCC", {"starts": 1, "step": 65, "max_search": 2}, {}),
@@ -37,7 +37,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "UAN": ("UAN", {"threshold": None}, {}),
     "CMU": ("CMU", {}, {}),
     "UniAM": ("UniAM", {}, {}),
-    "GLC": ("GLC", {}, COSINE),
+    "GLC": ("GLC", {"target_classes": 8}, COSINE),
     "LEAD": ("LEAD", {}, COSINE),
     "OSBP": ("OSBP", {}, {}),
     "CoBRF": ("CoBRF", {}, {}),

@@ -23,12 +23,12 @@ def private_nmi(features: Tensor, y: Tensor, seed: int = 0, starts: int = 5) -> 
         seed: of the starts; ``starts``: the best of these many.
 
     Returns:
-        A scalar, float64; NaN without a sample, 1 for a single class.
+        A scalar, float64; NaN without a sample or where a feature is not finite, 1 for a single class.
     """
     from sklearn.cluster import KMeans
     from sklearn.metrics import normalized_mutual_info_score
 
-    if not len(y):
+    if not len(y) or not bool(features.isfinite().all()):
         return torch.full((), torch.nan, dtype=torch.float64)
     classes = len(y.unique())
     x = torch.nn.functional.normalize(features.detach().double(), dim=1).cpu().numpy()
