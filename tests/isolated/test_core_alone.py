@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from uda.testing import forks
+
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "docs" / "examples" / "uda-sample-plugin"
 
@@ -36,15 +38,26 @@ TINY = [
 ]  # fmt: skip
 
 
-def python(*arguments: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+def environment(path: Path | None) -> dict[str, str]:
+    env = forks.clean_environment()
     if path is not None:
         env["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+    return env
+
+
+def python(*arguments: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess:
+    """An interpreter started anew."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(path), capture_output=True, text=True)
+
+
+def uda_command(*words: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess:
+    """``uda WORDS`` in a fork, which has the imports already."""
+    return forks.run(forks.command, list(words), folder=cwd, environment=environment(path))
 
 
 def test_nothing_is_installed(tmp_path):
-    done = python("-m", "uda.cli", "plugins", cwd=tmp_path)
+    done = uda_command("plugins", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "No plugin distribution is installed" in done.stdout
 
@@ -72,12 +85,12 @@ def test_source_only_training_learns(tmp_path):
 
 
 def test_command_line_trains_source_only(tmp_path):
-    done = python("-m", "uda.cli", "fit", *TINY, cwd=tmp_path)
+    done = uda_command("fit", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_unknown_plugin_says_that_none_is_installed(tmp_path):
-    done = python("-m", "uda.cli", "fit", *TINY, "--model.plugins.align=DANN", cwd=tmp_path)
+    done = uda_command("fit", *TINY, "--model.plugins.align=DANN", cwd=tmp_path)
     assert done.returncode == 2
     assert "DANN" in done.stderr
     assert "Traceback" not in done.stderr
@@ -101,7 +114,7 @@ def test_a_plugin_installs_and_trains_without_an_edit(tmp_path):
     pip = ("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index")
     done = python(*pip, "--target", str(tmp_path / "site"), str(source), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    listed = python("-m", "uda.cli", "plugins", cwd=tmp_path, path=tmp_path / "site")
+    listed = uda_command("plugins", cwd=tmp_path, path=tmp_path / "site")
     assert "CentroidLabels" in listed.stdout
     plugin = ["--model.plugins.labels=CentroidLabels", "--model.plugins.labels.weight=0.5"]
     done = python("-m", "uda.cli", "fit", *TINY, *plugin, cwd=tmp_path, path=tmp_path / "site")
