@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from uda.hooks import HOOKS
-from uda.testing import CHECKS
+from uda.testing import CHECKS, forks
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "docs" / "examples" / "uda-sample-plugin"
@@ -70,31 +70,29 @@ def installed(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     path = os.pathsep.join([str(place / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return source, {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return source, {**forks.clean_environment(), "PYTHONPATH": path}
 
 
-def run(command: list[str], installed, **options) -> str:
+def run(function, argument, installed) -> str:
+    """A function in a fork that finds the sample."""
     source, env = installed
-    done = subprocess.run(
-        [sys.executable, *command], env=env, capture_output=True, text=True, cwd=source, **options
-    )
+    done = forks.run(function, argument, folder=source, environment=env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.mark.slow
 def test_its_own_tests_pass(installed):
-    out = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests"], installed)
-    assert "7 passed" in out
+    assert "7 passed" in run(forks.own_tests, "tests", installed)
 
 
 @pytest.mark.slow
 def test_its_config_trains_by_name(installed, tmp_path):
     sizes = ["--trainer.max_epochs=1", "--data.epoch_steps=2", "--data.reader.init_args.n_rendered=300"]
     quiet = [f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]
-    run(["-m", "uda.cli", "fit", "--config", "digits_centroids.yaml", *sizes, *quiet], installed)
+    run(forks.command, ["fit", "--config", "digits_centroids.yaml", *sizes, *quiet], installed)
 
 
 @pytest.mark.slow
 def test_it_is_listed(installed):
-    assert "CentroidLabels" in run(["-m", "uda.cli", "plugins"], installed)
+    assert "CentroidLabels" in run(forks.command, ["plugins"], installed)

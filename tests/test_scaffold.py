@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 import uda
+from uda.discovery import registry
 from uda.scaffold import names_of, new_plugin
+from uda.testing import forks
 
 
 def test_names():
@@ -96,19 +98,19 @@ def install(folder: Path, target: Path) -> dict[str, str]:
     done = subprocess.run([*pip, "--target", str(target), str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path = os.pathsep.join([str(target), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return {**forks.clean_environment(), "PYTHONPATH": path}
+
+
+def print_distribution(plugin: str) -> None:
+    print(registry().plugins[plugin].distribution)
 
 
 @pytest.mark.slow
 def test_new_distribution_installs_and_passes_its_tests(tmp_path):
     folder = new_plugin("uda-my-method", tmp_path)
     env = install(folder, tmp_path / "site")
-    found = "from uda.discovery import registry; print(registry().plugins['MyMethod'].distribution)"
-    done = subprocess.run(
-        [sys.executable, "-c", found], env=env, capture_output=True, text=True, cwd=tmp_path
-    )
+    done = forks.run(print_distribution, "MyMethod", folder=tmp_path, environment=env)
     assert done.stdout.strip() == "uda-my-method", done.stderr
-    pytest_run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests"]
-    done = subprocess.run(pytest_run, env=env, capture_output=True, text=True, cwd=folder)
+    done = forks.run(forks.own_tests, "tests", folder=folder, environment=env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "6 passed" in done.stdout
