@@ -134,6 +134,7 @@ class Bench:
             "bottleneck_norm": "layer" if plain else "batch",
             "optimizer": fast_optimizer,
             "schedule": Constant(),
+            "scores": [],  # most of the time of a short run; `lifecycle` has them
             **self.model_args,
             **changed,
         }

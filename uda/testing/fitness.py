@@ -92,7 +92,7 @@ def _undocumented(cls: type[Plugin], report: Report) -> None:
 
 def lifecycle(bench: Bench, report: Report) -> None:
     """Fit, validate, test and predict on a small task."""
-    model, stage = bench.model(), "fit"
+    model, stage = bench.model(scores=bench.model_args.get("scores")), "fit"
     try:
         trainer = bench.train(model, limit_val_batches=1.0)
         for stage in ("validate", "test", "predict"):

@@ -131,7 +131,7 @@ def accumulation(bench: Bench, report: Report) -> None:
         model, options = bench.built(), {"accumulate_grad_batches": every, "gradient_clip_val": clip}
     counter = _CountSteps()
     try:
-        bench.train(model, callbacks=[counter], **options)
+        bench.train(model, callbacks=[counter], limit_val_batches=0, **options)
     except Exception as error:
         raise CheckFailed(
             bench.cls.__name__,
