@@ -19,7 +19,7 @@ logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_configure(config):
+def pytest_collection_modifyitems():  # where tests run: the process that hands them out needs no torch
     import torch
 
     torch.set_num_threads(1)
