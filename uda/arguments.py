@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import yaml
 from uda import spelling
 from uda.bench.merge import merged
 from uda.errors import UDAError, nearest
+from uda.subclasses import subclasses_listed_once
 
 COMMON = ("config", "seed_everything", "run_dir", "ckpt_path", "weights_only")
 OPTIONS = {
@@ -35,34 +33,6 @@ def option(argv: list[str], name: str) -> str | None:
         elif word == f"--{name}" and i + 1 < len(argv):
             value = argv[i + 1]
     return value
-
-
-@contextlib.contextmanager
-def subclasses_listed_once() -> Iterator[None]:
-    """While it is open, jsonargparse lists the subclasses of a class once, and again after a further import.
-
-    It takes text that stands where a class may (``backbone: small_cnn``) for a short class name first, and walks over
-    all of torch's modules at each check of the value: 16 times in ``uda fit``, a third of the time until the data are
-    read.
-    """
-    hints = sys.modules.get("jsonargparse._typehints")
-    listed = getattr(hints, "get_all_subclass_paths", None)
-    if listed is None:  # it is private: a version without it takes its time
-        yield
-        return
-    known: dict[Any, list[str]] = {}
-
-    def once(cls: Any, *args: Any, **options: Any) -> list[str]:
-        key = (cls, args, *sorted(options.items()), len(sys.modules))
-        if key not in known:
-            known[key] = listed(cls, *args, **options)
-        return known[key]
-
-    hints.get_all_subclass_paths = once
-    try:
-        yield
-    finally:
-        hints.get_all_subclass_paths = listed
 
 
 def instantiated(parser: Any, config: Any) -> Any:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from uda import data
-from uda.arguments import Arguments, instantiated, option, subclasses_listed_once
+from uda.arguments import Arguments, instantiated, option
 from uda.console import quiet, short_parser_error
 from uda.defaults import SCORE as DEFAULT_SCORE
 from uda.discovery import registry
@@ -27,6 +27,7 @@ from uda.run.saved_config import SaveConfig
 from uda.run.signals import StopBetweenBatches
 from uda.run.summary import RunSummary
 from uda.selection import DEFAULT_SCORES, SCORES, needed_scores
+from uda.subclasses import subclasses_listed_once
 
 
 class UDACLI(LightningCLI):
