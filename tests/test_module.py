@@ -291,6 +291,7 @@ def test_shuffled_target_labels_change_no_weight(quiet_trainer):
     assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 
 
+@pytest.mark.slow
 def test_compiled_backbone_keeps_its_keys():
     sizes = {"num_classes": 2, "input_shape": [2]}
     model = uda.UDA(MLP(hidden=(8,), in_features=2), bottleneck=4, compile_backbone=True, **sizes)

@@ -57,7 +57,7 @@ def test_resume_after_any_batch(run, same, tmp_path, case):
         assert same(resumed, whole[done:]), step
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resume_after_a_crash_with_workers(run, same, tmp_path, workers):
     whole = run()
     saver = OnExceptionCheckpoint(tmp_path, filename="crash")

@@ -53,6 +53,7 @@ def test_mmd_p_value_by_relabelling_one_by_one():
     assert found.p_value == pytest.approx(as_large, abs=0.06)
 
 
+@pytest.mark.slow
 def test_p_values_are_even_without_a_shift():
     small = {"mmd": 0, "linear": 0, "trees": 0}
     for t in range(30):

@@ -80,6 +80,7 @@ def checked(found):
 # ------------------------------------------------------------------------------------- the three kinds
 
 
+@pytest.mark.slow
 def test_two_halves_of_one_domain_are_no_shift(halves):
     found = checked(inspect_shift(task(*halves), **FAST))
     assert found["verdict"]["setting"] == "none"
@@ -314,6 +315,7 @@ def test_a_classifier_at_chance_is_warned_of(figures):
     assert "reaches 12.0% on held-out source rows" in texts(found, "warning")
 
 
+@pytest.mark.slow
 def test_little_to_gain_is_said(figures):
     accuracy = figures["classifier"]["accuracy"]
     target = {"accuracy_atc": accuracy, "accuracy_doc": accuracy + 0.01}

@@ -256,7 +256,7 @@ def test_a_target_without_labels_has_the_classes_of_the_models(checkpoints, tmp_
     assert model.class_names == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("cls", METHODS)
+@pytest.mark.parametrize("cls", [METHODS[0], *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])])
 def test_a_run_without_sources(cls, checkpoints, tmp_path):
     """Adapts from the checkpoints alone, and what it saves is loaded when they are gone."""
     here = [shutil.copy(c, tmp_path / f"{i}.ckpt") for i, c in enumerate(checkpoints)]

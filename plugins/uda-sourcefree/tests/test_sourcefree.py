@@ -98,10 +98,10 @@ def adapted(place, name, plugin, *words):
 
 
 ALL = {"SHOTPlusPlus": {"init_args": {"rotation": 0}}, "NOTELA": {"init_args": {"trainable": "all"}}}
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("CoLearn", "SHOTPlusPlus")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("NRC", "AaD", "NOTELA", "CoLearn", "SHOTPlusPlus")]
 
 
-@pytest.mark.parametrize("name", ["SHOT", "NRC", "AaD", "NOTELA", *SLOW])
+@pytest.mark.parametrize("name", ["SHOT", *SLOW])
 def test_the_target_improves_without_the_source(handed_over, name):
     place, before = handed_over
     assert adapted(place, name, {"class_path": name, **ALL.get(name, {})}) == 0
@@ -185,6 +185,7 @@ def test_a_target_without_labels_has_the_classes_of_the_model(handed_over, recwa
         start(place, None, "target.npz")
 
 
+@pytest.mark.slow
 def test_an_adapted_model_predicts_when_the_file_of_the_source_has_gone(handed_over, capsys):
     place, _ = handed_over
     np.savez(place / "bare.npz", b_x=np.load(place / "target.npz")["b_x"])

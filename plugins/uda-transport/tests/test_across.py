@@ -235,6 +235,7 @@ def test_subset_and_extension():
     assert (fitted.labels_ == truth).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_epsilon_is_chosen_by_agreement():
     x, labels, y, truth = spaces()
     found = cross(x, y, labels, 4, epsilon=None, number_of_starts=3)

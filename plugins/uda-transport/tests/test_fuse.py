@@ -77,6 +77,7 @@ def test_from_checkpoints_to_figures(runs, tmp_path, monkeypatch, capsys):
     assert "--force" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_fuses_what_the_function_fuses(runs):
     paths = [checkpoint(runs, 0), checkpoint(runs, 1)]
     made = fuse_checkpoints(paths, weights=[0.25, 0.75])

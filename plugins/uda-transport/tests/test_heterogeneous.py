@@ -72,6 +72,7 @@ def test_bad_arguments():
         UCOOT(epsilon=0.0)
 
 
+@pytest.mark.slow
 def test_domains_of_different_shapes_end_to_end(tmp_path):
     np.savez(tmp_path / "data.npz", **spaces())
     config = tmp_path / "run.yaml"

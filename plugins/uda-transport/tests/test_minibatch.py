@@ -227,7 +227,9 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "sinkhorn" else n for n in LOSSES]
+)
 def test_descent_brings_the_domains_together(name):
     cls, init_args = LOSSES[name]
     step, plugin = Fake(shift=2.0, n=12, m=12), cls(**init_args)
