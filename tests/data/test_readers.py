@@ -189,6 +189,7 @@ def test_readers_and_views_can_be_described(folders):
     }
 
 
+@pytest.mark.slow
 def test_import_is_light():
     code = (
         "import sys, uda.data\n"
