@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import logging
 import os
 import random
 import signal
@@ -96,6 +98,25 @@ def second_dies(text):
         sys.stdout.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
+
+
+def speak(text):
+    print(text)
+    logging.getLogger("uda.test").error("logged")
+
+
+@pytest.mark.slow
+def test_a_process_writes_to_its_files_whatever_became_of_the_streams_of_this_one(tmp_path):
+    handler = logging.StreamHandler(io.StringIO())
+    handler.stream.close()  # as pytest does at the end of a test
+    logging.getLogger("uda.test").addHandler(handler)
+    try:
+        done = forks.run(speak, "said", folder=tmp_path)
+    finally:
+        logging.getLogger("uda.test").removeHandler(handler)
+    assert (done.returncode, done.stdout) == (0, "said\n")
+    if forks.can_fork():
+        assert "logged" in done.stderr
 
 
 @pytest.mark.slow

@@ -180,7 +180,9 @@ def _redirect(output: Path, errors: Path | None) -> None:
     for logger in [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]:
         for handler in getattr(logger, "handlers", ()):
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-                handler.setStream(sys.stdout if handler.stream is old[0] else sys.stderr)
+                with contextlib.suppress(AttributeError):  # of a handler that always looks it up
+                    # not by setStream, which flushes the old one: that of a test which is over is closed
+                    handler.stream = sys.stdout if handler.stream is old[0] else sys.stderr
 
 
 def stop(process: BaseProcess) -> None:
