@@ -36,7 +36,7 @@ class PublishedSplit:
         split: the classes; those of the data set that it does not name take no part.
         setting: of the task.
         used_by: papers whose published lists have these classes, compared name by name; DANCE and OVANet by the counts
-            in their configs.
+            in their configs, STA and PADA on VisDA as others tell.
         note: what is easily confused.
     """
 
