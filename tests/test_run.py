@@ -96,6 +96,9 @@ def test_a_run_can_be_repeated_resumed_and_evaluated(here: Path, capsys: pytest.
     # a directory in use is refused, unless the run is resumed
     assert main(["fit", "--config", "tiny.yaml", "--run_dir", str(second)]) == 2
     assert "not empty" in capsys.readouterr().err
+    # what is no directory is refused before anything is built
+    assert main(["fit", "--config", "tiny.yaml", "--run_dir", str(second / "summary.json" / "run")]) == 2
+    assert f"{second / 'summary.json'} is a file, not a folder" in capsys.readouterr().err
     last = second / "checkpoints" / "last.ckpt"
     assert main(["fit", "--ckpt_path", str(last), "--trainer.max_epochs=3"]) == 0
     resumed = load(second / "summary.json")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -32,3 +34,20 @@ def check_choice(owner: str, option: str, value: Any, choices: Iterable[str]) ->
     choices = tuple(choices)
     if value not in choices:
         raise UDAError(f"{owner}: unknown {option} {value!r}. {nearest(str(value), choices)}")
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Refuse a folder to write in that cannot be one, before any work.
+
+    Args:
+        option: what named it; folder: it need not exist yet.
+
+    Raises:
+        UDAError: a file stands in its place or above it, or there is no permission to write.
+    """
+    folder = folder.absolute()
+    there = next(p for p in (folder, *folder.parents) if os.path.exists(p))  # not raising, unlike p.exists
+    if not there.is_dir():
+        raise UDAError(f"{option} {folder}: {there} is a file, not a folder. Name another folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UDAError(f"{option} {folder}: no permission to write in {there}. Name another folder.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uda.errors import UDAError
+from uda.errors import UDAError, check_writable
 
 RECORD = "run.json"
 #: hands the directory that rank 0 chose to the processes that Lightning starts from it
@@ -163,6 +163,7 @@ class RunDirectory:
     def _numbered(cls, base: Path) -> RunDirectory:
         if not is_first_rank():
             return cls(_wait_for_first_rank(base))
+        check_writable("the run directory", base.parent)
         for number in range(1, 100_000):
             folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
             if job_id() is not None and read_record(folder).get("job_id") == job_id():
@@ -183,6 +184,7 @@ class RunDirectory:
         self.path = self.path.absolute()
         if not is_first_rank():
             return
+        check_writable("--run_dir", self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         old = read_record(self.path)
         starts = [

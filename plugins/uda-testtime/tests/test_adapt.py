@@ -76,6 +76,13 @@ def test_the_same_as_in_code_and_resumed(source, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(*(s["parameters"] for s in states), strict=True))
 
 
+def test_a_file_in_place_of_the_folder_is_refused(source, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert command(source, out) == 2
+        assert f"{tmp_path / 'file'} is a file, not a folder" in capsys.readouterr().err
+
+
 def test_settings_and_shifts(source, tmp_path):
     more = ("--setting", "correlated", "--shifts", "source2", "target", "--limit", "9", "--batch_size", "1")
     assert command(source, tmp_path / "out", *more) == 0

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uda.errors import UDAError
+from uda.errors import UDAError, check_writable
 
 if TYPE_CHECKING:
     from uda_testtime.walk import Walk
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from uda.commands.inspect import built
-    from uda.run.directory import check_exists, run_of_checkpoint
+    from uda.run.directory import check_exists, is_used, run_of_checkpoint
 
     model, datamodule = built(rest, None, "adapt")
     if not (path := model.init_from):
@@ -77,7 +77,8 @@ def main(argv: list[str]) -> int:
     state, ready = out / "state.pt", Path(args.prepared or out / "ready.pt")
     if args.resume and not state.is_file():
         raise UDAError(f"--resume: there is no {state}.")
-    if not args.resume and out.exists() and any(out.iterdir()):
+    check_writable("--output", out)
+    if not args.resume and is_used(out):
         raise UDAError(f"--output {out}: it is used. Name another folder, or go on with --resume.")
     stream = _stream(args, datamodule)
     adapter = _adapter(model, datamodule, plugin, path, str(ready) if ready.is_file() else plugin.prepared)

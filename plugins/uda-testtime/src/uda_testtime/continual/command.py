@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uda.errors import UDAError
+from uda.errors import UDAError, check_writable
 
 if TYPE_CHECKING:
     from uda_testtime.continual.plan import Plan
@@ -74,11 +74,12 @@ def main(argv: list[str]) -> int:
 
 
 def check_folder(plan: Plan, resume: bool) -> None:
-    """Refuse a folder that is used, or that was begun with other settings.
+    """Refuse a folder that is used, that cannot be one, or that was begun with other settings.
 
     Raises:
-        UDAError: it is used and not to be resumed, or was made with other settings.
+        UDAError: it is used and not to be resumed, is no folder, or was made with other settings.
     """
+    check_writable("--output", plan.out)
     file = plan.out / RECORD
     if not resume:
         if plan.out.exists() and any(plan.out.iterdir()):
