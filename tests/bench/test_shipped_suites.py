@@ -17,7 +17,8 @@ from uda.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = {p.stem: p for p in sorted((ROOT / "configs" / "bench").glob("*.yaml"))}
 BASIC = ["source_only", "dann", "cdan", "cdan_e", "mcc", "entropy", "information", "dann_mcc", "cdan_e_mcc"]
-FEW_METHODS = ("digits_vit", "imbalanced", "multisource", "multisource_digits", "sourcefree", "sourcefree_digits")
+FEW_METHODS = ("digits_vit", "imbalanced", "multisource", "multisource_digits", "sourcefree", "sourcefree_digits",
+               "universal_sourcefree")  # fmt: skip
 SETTINGS = ("partial", "open", "universal")
 TASKS = {
     "amazon": 6, "digits": 4, "domainnet": 30, "imbalanced": 6, "office31": 6, "office_caltech": 6, "office_home": 12,
@@ -25,7 +26,8 @@ TASKS = {
     "partial": 6, "open": 6, "universal": 6, "multisource": 9, "multisource_digits": 5, "sourcefree": 6,
     "digits_partial": 3, "digits_open": 3, "digits_universal": 3,
     "office_caltech_partial": 6, "office_caltech_open": 6, "office_caltech_universal": 6, "text_universal": 3,
-    "digits_vit": 2, "sourcefree_digits": 2,
+    "digits_splits_universal": 3, "pacs_images_partial": 6, "pacs_images_open": 6, "pacs_images_universal": 6,
+    "digits_vit": 2, "sourcefree_digits": 2, "universal_sourcefree": 6,
 }  # fmt: skip
 IMAGES = {
     "office31": ["amazon", "dslr", "webcam"],
