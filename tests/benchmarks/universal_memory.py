@@ -34,6 +34,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "UniOT": ("UniOT", {"warmup": 0, "clusters": 150, "fill": 4000}, COSINE),
     "PPOT": ("PPOT", {"warmup": 0.0}, {}),
     "OVANet": ("OVANet", {}, {}),
+    "MLNet": ("MLNet", {"every": 0.2}, {}),
     "UAN": ("UAN", {"threshold": None}, {}),
     "CMU": ("CMU", {}, {}),
     "UniAM": ("UniAM", {}, {}),

@@ -8,7 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from uda_universal import CMU, DANCE, DCC, PPOT, UAN, MemSPM, OVANet, UniOT
+from uda_universal import CMU, DANCE, DCC, PPOT, UAN, MemSPM, MLNet, OVANet, UniOT
 from uda_universal.dance import entropy_separation, neighbourhood_entropy
 from uda_universal.ovanet import OneVsAllHead, one_vs_all_losses, pair_entropy
 
@@ -18,7 +18,7 @@ from uda.testing import check_plugin, check_plugins_ddp
 CASES = [
     (OVANet, {}), (DANCE, {"margin": 0.1}),
     (UAN, {"hidden": 16}), (CMU, {"hidden": 16, "members": 3}), (PPOT, {"warmup": 0.0}),
-    (UniOT, {"clusters": 6, "fill": 24, "warmup": 1}),
+    (UniOT, {"clusters": 6, "fill": 24, "warmup": 1}), (MLNet, {}),
 ]
 
 
@@ -151,7 +151,7 @@ def test_memory_holds_the_target_by_index():
     torch.testing.assert_close(norms, memory.filled.float())
 
 
-@pytest.mark.parametrize("method", [OVANet, DANCE])
+@pytest.mark.parametrize("method", [OVANet, DANCE, MLNet])
 def test_private_labels_of_the_target_change_no_weight(method, tmp_path):
     """Whatever the target-private samples are called: the same weights, bit for bit."""
     draw = np.random.default_rng(0)

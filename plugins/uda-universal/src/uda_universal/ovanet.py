@@ -79,7 +79,8 @@ class OVANet(uda.Plugin):
     ) -> None:
         super().__init__()
         if min(weight, entropy_weight) < 0 or not 0 < threshold < 1:
-            raise uda.UDAError("OVANet: weights must not be negative, and threshold lies between 0 and 1.")
+            name = type(self).__name__
+            raise uda.UDAError(f"{name}: weights must not be negative, and threshold lies between 0 and 1.")
         self.weight, self.entropy_weight, self.threshold = weight, entropy_weight, threshold
         self.unit, self.class_balanced, self.lr_scale = unit, class_balanced, lr_scale
         self.pairs: OneVsAllHead | None = None
