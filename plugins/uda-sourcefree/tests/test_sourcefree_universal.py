@@ -1,4 +1,4 @@
-"""GLC and LEAD: their equations in loops, what they tell apart, and rejection."""
+"""GLC, GLC++ and LEAD: their equations in loops, what they tell apart, and rejection."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from uda_sourcefree import GLC, LEAD
+from uda_sourcefree import GLC, LEAD, GLCPlusPlus
 from uda_sourcefree.glc import cluster_means, one_against_all
+from uda_sourcefree.glc_plus import contrastive_affinity
 from uda_sourcefree.lead import decide, known_basis, parts, two_means
 from uda_sourcefree.universal import class_count
 
@@ -52,6 +53,60 @@ def test_number_of_clusters():
     f, _, _ = blobs(n=20, classes=4, extra=4, width=10)
     assert class_count(f, 4, (0.5, 1.0, 2.0, 3.0)) == 8
     assert class_count(f, 1, (0.25,)) == 2  # no candidate of two clusters or more
+
+
+def unit(*shape, seed=0):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 20])  # with 2 the batch of 7 ends after two hard negatives
+def test_contrastive_affinity_by_loops(clusters):
+    f, near, k = unit(7, 5).requires_grad_(), unit(7, 3, 5, seed=1), 3
+    loss = contrastive_affinity(f, near, f, torch.eye(7, dtype=torch.bool), clusters)
+    x, m, total, slope = f.detach().numpy(), near.numpy(), 0.0, np.zeros((7, 5))
+    for i in range(7):
+        ranked = sorted((j for j in range(7) if j != i), key=lambda j: -sum(x[i] * x[j]))
+        hard = ranked[int(np.ceil(7 / clusters)) :][:k]
+        assert len(hard) == (2 if clusters == 2 else k)
+        slope[i] = (sum(x[j] for j in hard) - m[i].sum(0)) / 7  # of the anchor: the others are constants
+        total += x[i] @ slope[i]
+    assert float(loss.detach()) == pytest.approx(total, rel=1e-9)
+    loss.backward()
+    np.testing.assert_allclose(f.grad, slope, rtol=1e-9, atol=1e-12)
+
+
+def one_step(cls, **given):
+    """Objectives and gradient of the features in a first step, with a memory of twelve samples; and what went in."""
+    torch.manual_seed(0)  # of the classifier
+    x, plugin = unit(12, 6, seed=3).float(), cls(neighbours=2, **given)
+    model = uda.UDA("identity", {"refine": plugin}, bottleneck=0, num_classes=3, input_shape=[6])
+    plugin.memory = uda.nn.Bank(12, features=6, probs=3)
+    plugin.memory.write(torch.arange(12), features=x, probs=torch.full((12, 3), 1 / 3))
+    plugin.clusters.fill_(3)
+    index = torch.tensor([4, 0, 9, 7, 2])
+    now = (x[index] + 0.3 * unit(5, 6, seed=4).float()).requires_grad_()  # the batch has moved since
+    target = model.batch(now)
+    target.index, target.pseudo = index, uda.PseudoLabels(torch.zeros(5, dtype=torch.long))
+    step = type("Step", (), {"target": target, "model": model})()
+    out = plugin.refine_classifier(step)
+    grad = torch.autograd.grad(sum(out.values()), now)[0]
+    return out, grad, x, index, torch.nn.functional.normalize(now.detach(), dim=1)
+
+
+def test_affinity_of_a_step_by_loops_and_that_it_reaches_the_features():
+    out, grad, x, index, f = one_step(GLCPlusPlus)
+    total = 0.0
+    for i, me in enumerate(index.tolist()):
+        near = sorted((j for j in range(12) if j != me), key=lambda j: -float(f[i] @ x[j]))[:2]  # of the memory
+        new = dict(zip(index.tolist(), f, strict=True))
+        hard = sorted((float(f[i] @ f[j]) for j in range(5) if j != i), reverse=True)[2:4]
+        total += sum(hard) - sum(float(f[i] @ new.get(j, x[j])) for j in near)
+    assert float(out["affinity"].detach()) == pytest.approx(total / 5, rel=1e-5)
+    plain, without = one_step(GLC), one_step(GLCPlusPlus, affinity_weight=0.0)
+    assert list(without[0]) == list(plain[0])
+    torch.testing.assert_close(without[1], plain[1], rtol=0, atol=0)  # weight 0 is GLC
+    assert float((grad - plain[1]).abs().min()) > 0
 
 
 def test_known_and_unknown_part():
@@ -117,6 +172,7 @@ def test_bad_arguments():
     for make in (
         lambda: GLC(label_weight=-1.0), lambda: GLC(prior=2.0), lambda: GLC(threshold=1.5), lambda: GLC(shares=()),
         lambda: LEAD(alpha=0.0), lambda: LEAD(target_classes=1), lambda: LEAD(recount=0),
+        lambda: GLCPlusPlus(affinity_weight=-1.0),
     ):  # fmt: skip
         with pytest.raises(uda.UDAError):
             make()
@@ -125,7 +181,7 @@ def test_bad_arguments():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cls", [GLC, LEAD])
+@pytest.mark.parametrize("cls", [GLC, GLCPlusPlus, LEAD])
 def test_plugin(cls):
     check_plugin(cls, init_args={"neighbours": 3}, ddp=False)
 
@@ -134,6 +190,7 @@ def test_plugin(cls):
 
 TOGETHER = {
     "GLC": {"neighbours": 3, "target_classes": 3, "label_weight": 1.0}, "SHOT": {}, "AaD": {"neighbours": 3},
+    "GLCPlusPlus": {"neighbours": 3, "target_classes": 4},
     "NRC": {"neighbours": 3, "expanded": 2}, "NOTELA": {"neighbours": 3, "trainable": "all", "dropout": 0.0},
     "CoLearn": {"threshold": 0.6},
 }  # fmt: skip

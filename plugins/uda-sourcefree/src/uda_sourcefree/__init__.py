@@ -3,6 +3,7 @@
 from uda_sourcefree.aad import AaD
 from uda_sourcefree.colearn import CoLearn
 from uda_sourcefree.glc import GLC
+from uda_sourcefree.glc_plus import GLCPlusPlus
 from uda_sourcefree.lead import LEAD
 from uda_sourcefree.lftl import LFTL
 from uda_sourcefree.notela import NOTELA
@@ -10,4 +11,4 @@ from uda_sourcefree.nrc import NRC
 from uda_sourcefree.shot import SHOT
 from uda_sourcefree.shot_plus import SHOTPlusPlus
 
-__all__ = ["GLC", "LEAD", "LFTL", "NOTELA", "NRC", "SHOT", "AaD", "CoLearn", "SHOTPlusPlus"]
+__all__ = ["GLC", "LEAD", "LFTL", "NOTELA", "NRC", "SHOT", "AaD", "CoLearn", "GLCPlusPlus", "SHOTPlusPlus"]

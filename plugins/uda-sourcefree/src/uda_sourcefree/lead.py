@@ -144,10 +144,9 @@ class LEAD(UniversalNeighbours):
             self.basis.copy_(known_basis(vectors))
         return decide(features, probs, vectors, int(self.clusters), self.basis, self.alpha)
 
-    @uda.hookimpl
-    def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
+    def objectives(self, step: uda.Step, near: Tensor) -> dict[str, Tensor]:
         """As its base, and the split of the features."""
-        out = super().refine_classifier(step)
+        out = super().objectives(step, near)
         if self.split_weight:
             index = step.target.index
             with no_autocast(step.target.features):

@@ -1,4 +1,4 @@
-"""What GLC and LEAD share: a frozen classifier, the number of target classes, consensus of neighbours, rejection."""
+"""What GLC, GLC++ and LEAD share: a frozen classifier, number of target classes, consensus of neighbours, rejection."""
 
 from __future__ import annotations
 
@@ -132,8 +132,11 @@ class UniversalNeighbours(NeighbourMemory, ABC):
 
     @uda.hookimpl
     def refine_classifier(self, step: uda.Step) -> dict[str, Tensor]:
-        """Labels, and consensus with the neighbours."""
-        _, near = self.around(step)
+        """The objectives."""
+        return self.objectives(step, self.around(step)[1])
+
+    def objectives(self, step: uda.Step, near: Tensor) -> dict[str, Tensor]:
+        """Labels, and consensus with the neighbours, rows ``near`` ``[B, K]`` of the memory."""
         logits = step.target.logits
         return {
             "labels": self.label_weight * pseudo_cross_entropy(logits, step.target.pseudo),
