@@ -1,6 +1,6 @@
 """Peak memory of whole runs of the methods for unknown classes on a large target, beyond its features.
 
-    python tests/benchmarks/universal_memory.py [--samples 50000] [--width 256] [--methods DCC UniOT ...]
+    python tests/benchmarks/universal_memory.py [--samples 50000] [--width 256] [--epochs 2] [--methods DCC UniOT ...]
 
 Each method has a process of its own: rows of features of source and target (UniAM: images of 8 x 8) are made, the
 resident memory is read, and a run of a few steps with its looks at the whole target and the evaluation afterwards is
@@ -34,11 +34,13 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "UniOT": ("UniOT", {"warmup": 0, "clusters": 150, "fill": 4000}, COSINE),
     "PPOT": ("PPOT", {"warmup": 0.0}, {}),
     "OVANet": ("OVANet", {}, {}),
-    "MLNet": ("MLNet", {"every": 0.2}, {}),
+    "MLNet": ("MLNet", {"every": 0.5}, {}),
     "UAN": ("UAN", {"threshold": None}, {}),
     "CMU": ("CMU", {}, {}),
     "UniAM": ("UniAM", {}, {}),
     "GLC": ("GLC", {"target_classes": 8}, COSINE),
+    "GLC, 65 clusters": ("GLC", {"target_classes": 65}, COSINE),
+    "GLC++": ("GLCPlusPlus", {"target_classes": 8}, COSINE),
     "LEAD": ("LEAD", {}, COSINE),
     "OSBP": ("OSBP", {}, {}),
     "CoBRF": ("CoBRF", {}, {}),
@@ -60,7 +62,7 @@ def rows(n: int, shape: tuple[int, ...], classes: Tensor, seed: int) -> tuple[Te
     return noise.mul_(0.4).add_(templates[y], alpha=0.6), y
 
 
-def measure(name: str, samples: int, width: int) -> None:
+def measure(name: str, samples: int, width: int, epochs: int) -> None:
     """Run one method and print its peak."""
     import lightning as L
     from sklearn.cluster import KMeans
@@ -76,7 +78,7 @@ def measure(name: str, samples: int, width: int) -> None:
     shape = (1, 8, 8) if name == "UniAM" else (width,)
     source = torch.utils.data.TensorDataset(*rows(samples, shape, torch.arange(CLASSES), 1))
     target = torch.utils.data.TensorDataset(*rows(samples, shape, torch.arange(40, CLASSES + PRIVATE), 2))
-    free = name in ("GLC", "LEAD")
+    free = plugin in ("GLC", "GLCPlusPlus", "LEAD")
     names = {"known": [str(c) for c in range(CLASSES)]}
     data = uda.DataModule.from_datasets(
         None if free else source, target.tensors[0] if free else target, setting=None if free else "universal",
@@ -88,7 +90,8 @@ def measure(name: str, samples: int, width: int) -> None:
     backbone = vit() if name == "UniAM" else "identity"
     model = uda.UDA(backbone, {"method": registry().get(plugin)(**options)}, bottleneck=width, **given)
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    trainer = L.Trainer(max_epochs=2, num_sanity_val_steps=0, accelerator="cpu", devices=1, **dict.fromkeys(off, False))
+    quiet = dict.fromkeys(off, False)
+    trainer = L.Trainer(max_epochs=epochs, num_sanity_val_steps=0, accelerator="cpu", devices=1, **quiet)
     KMeans(2, n_init=1).fit(target.tensors[0][:100].flatten(1).numpy())  # imports and thread pools are no part of it
     before, start = resident(), time.process_time()
     trainer.fit(model, data)
@@ -102,15 +105,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--only", choices=list(METHODS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
-        return measure(args.only, args.samples, args.width)
+        return measure(args.only, args.samples, args.width, args.epochs)
     title = f"{args.samples} samples of {args.width} features"
     print(f"| {title} | peak beyond them | seconds |\n|---|---|---|", flush=True)
     for name in args.methods:
-        sizes = ["--samples", str(args.samples), "--width", str(args.width)]
+        sizes = ["--samples", str(args.samples), "--width", str(args.width), "--epochs", str(args.epochs)]
         subprocess.run([sys.executable, __file__, *sizes, "--only", name], check=True)
     return None
 
