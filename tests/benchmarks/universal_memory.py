@@ -41,7 +41,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "GLC": ("GLC", {"target_classes": 8}, COSINE),
     "GLC, 65 clusters": ("GLC", {"target_classes": 65}, COSINE),
     "GLC++": ("GLCPlusPlus", {"target_classes": 8}, COSINE),
-    "LEAD": ("LEAD", {}, COSINE),
+    "LEAD": ("LEAD", {"tsne": False}, COSINE),
     "OSBP": ("OSBP", {}, {}),
     "CoBRF": ("CoBRF", {}, {}),
 }

@@ -51,7 +51,8 @@ def test_one_against_all_by_loops():
 
 def test_number_of_clusters():
     f, _, _ = blobs(n=20, classes=4, extra=4, width=10)
-    assert class_count(f, 4, (0.5, 1.0, 2.0, 3.0)) == 8
+    for tsne in (False, True):
+        assert class_count(f, 4, (0.5, 1.0, 2.0, 3.0), tsne) == 8
     assert class_count(f, 1, (0.25,)) == 2  # no candidate of two clusters or more
 
 
@@ -183,7 +184,7 @@ def test_bad_arguments():
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [GLC, GLCPlusPlus, LEAD])
 def test_plugin(cls):
-    check_plugin(cls, init_args={"neighbours": 3}, ddp=False)
+    check_plugin(cls, init_args={"neighbours": 3, "tsne": False}, ddp=False)
 
 
 # ------------------------------------------------------------------------------------------------ several processes

@@ -55,7 +55,7 @@ class GLCPlusPlus(GLC):
         prior: float = 0.75,
         target_classes: int | None = None,
         shares: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 3.0),
-        tsne: bool = False,
+        tsne: bool = True,
         threshold: float = 0.55,
         affinity_weight: float = 1.0,
     ) -> None:
