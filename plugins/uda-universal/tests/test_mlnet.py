@@ -123,6 +123,7 @@ def test_mixed_rows_lie_between_the_domains():
     torch.testing.assert_close(b / (1 - a), torch.tensor([1.0, 2, 3, 1, 2, 3, 1]))
 
 
+@pytest.mark.slow
 def test_each_objective_reaches_the_network(universal_fit):
     ends = {}
     parts = ("mixup_weight", "consistency_weight", "neighbour_weight")
